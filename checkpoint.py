@@ -1,0 +1,158 @@
+"""The run folder: what a run was told, what it logs, and checkpoints it can be continued from, exact to the bit.
+
+    config.json       the knobs, one flat object           environment.json   source hash, versions, machine, command
+    metrics.jsonl     one row a step                        transcripts.jsonl  sampled rollouts, segment by segment
+    eval.jsonl        one row a stage, attack and class     start/  model/     Hugging Face folders
+    checkpoint/N/     weights, optimizer state, position after N steps; only the newest is kept
+
+Every random number of a run is a function of counters (seed, step, prompt, rollout, position), so a position is all the
+randomness there is to save. Weights are safetensors, the rest is JSON; nothing here is ever unpickled.
+"""
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from data import InputError, as_json, read_text
+
+LOGS = ("metrics.jsonl", "transcripts.jsonl")  # cut back to the checkpoint when a run is continued
+NOT_COMPARED = ("resume", "out", "device")  # where a run lives and runs is no part of what it is
+
+
+class SaveError(OSError):
+    """The disk did not take what was to be saved. What was saved before is untouched."""
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path):
+    """Yields a temporary folder that takes the place of `folder` when the block ends well and vanishes when it does
+    not: the folder is there whole or not at all."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise SaveError(f"{folder} could not be saved: {error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def saving(file: Path):
+    try:
+        yield
+    except OSError as error:
+        raise SaveError(f"{file} could not be written: {error}") from None
+
+
+def append(file: Path, row: dict) -> None:
+    with saving(file), open(file, "a", encoding="utf-8") as f:
+        f.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def write(file: Path, text: str) -> None:
+    """Writes the whole file or, on a full disk, leaves what was there."""
+    with saving(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f".{file.name}.tmp")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.rename(file)
+
+
+def rows(file: Path) -> list[dict]:
+    """Rows of a JSONL log, [] where there is none. A last line that was cut off in the writing is no row."""
+    lines = read_text(file).split("\n")[:-1] if file.exists() else []
+    try:
+        return [json.loads(line) for line in lines]
+    except json.JSONDecodeError as error:
+        raise InputError(f"{file} is no log of a run: {error}") from None
+
+
+def open_run(folder: Path, config: dict, resume: bool) -> None:
+    """Makes the run folder, or checks that the one there belongs to this config. Raises InputError otherwise."""
+    file = folder / "config.json"
+    if file.exists():
+        stored = as_json(file, read_text(file))
+        other = [k for k in config if k not in NOT_COMPARED and stored.get(k) != config[k]]
+        if other:
+            k = other[0]
+            raise InputError(f"{folder} holds a run with another config: {k} is {stored.get(k)!r} there and "
+                             f"{config[k]!r} here; choose another --out")
+        if not resume:
+            raise InputError(f"{folder} holds this run already; continue it with --resume {folder}, or choose another "
+                             "--out")
+        return
+    if resume:
+        raise InputError(f"--resume {folder}: there is no config.json in it, so it is no run folder")
+    write(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
+    write(file, json.dumps(config, indent=2) + "\n")
+
+
+def environment() -> dict:
+    source = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("**/*.py")):
+        if not {"tests", ".venv"} & set(file.relative_to(Path(__file__).parent).parts):
+            source.update(file.read_bytes())
+    return {"source_sha256": source.hexdigest(), "command": sys.argv, "python": platform.python_version(),
+            "torch": torch.__version__, "numpy": np.__version__, "machine": platform.platform(),
+            "processor": platform.machine(), "threads": torch.get_num_threads(),
+            "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]}
+
+
+def latest(run: Path) -> Path | None:
+    """The newest checkpoint's folder."""
+    found = [f for f in (run / "checkpoint").glob("*") if f.name.isdigit()]
+    return max(found, key=lambda f: int(f.name), default=None)
+
+
+def save(run: Path, step: int, model: nn.Module, optimizer: torch.optim.AdamW) -> None:
+    """Writes checkpoint/<step>/, then drops older ones."""
+    names = {p: name for name, p in model.named_parameters()}
+    moments = {f"{names[p]}.{key}": value.cpu() for p, state in optimizer.state.items()
+               for key, value in state.items() if key != "step"}
+    updates = {int(state["step"]) for state in optimizer.state.values()}
+    folder = run / "checkpoint" / str(step)
+    with whole_folder(folder) as temporary:
+        save_file({name: p.detach().cpu() for p, name in names.items()}, temporary / "weights.safetensors")
+        save_file(moments, temporary / "optimizer.safetensors")
+        (temporary / "state.json").write_text(json.dumps({"step": step, "updates": max(updates, default=0)}))
+    for old in folder.parent.iterdir():
+        if old != folder:
+            shutil.rmtree(old)
+
+
+def load(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW) -> int:
+    """Puts the checkpoint's weights and optimizer state in place. -> the steps it was taken after."""
+    state = as_json(folder / "state.json", read_text(folder / "state.json"))
+    try:
+        weights, moments = load_file(folder / "weights.safetensors"), load_file(folder / "optimizer.safetensors")
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(weights[name])
+                if state["updates"]:
+                    optimizer.state[p] = {"step": torch.tensor(float(state["updates"]))} | {
+                        key: moments[f"{name}.{key}"].to(p.device) for key in ("exp_avg", "exp_avg_sq")}
+    except (SafetensorError, KeyError, OSError) as error:
+        raise InputError(f"{folder} is no whole checkpoint: {error}") from None
+    return state["step"]
+
+
+def cut_logs(run: Path, steps: int) -> None:
+    """Drops the logs' rows from after the checkpoint: those steps will be taken again."""
+    for name in LOGS:
+        kept = [row for row in rows(run / name) if row["step"] < steps]
+        write(run / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))

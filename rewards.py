@@ -1,0 +1,151 @@
+"""Judges, and the process rewards made from them: equations (1) to (5) of the README.
+
+A judge is two functions: what it says of an answer, and how far a thought has come. The reward code sees nothing else.
+
+Shapes: B rollouts, K thought segments of the longest rollout, N texts. NaN stands for "not judged" and "no such segment".
+"""
+import re
+from typing import Callable, NamedTuple
+
+import torch
+from torch import Tensor
+
+import alchemy
+from data import InputError, Prompt
+from rollout import Rollouts, force_answers
+
+REFUSALS = re.compile(r"\b(I('m| am) (sorry|unable|not able)|I (can't|cannot|can not|won't|will not|must decline)|"
+                      r"I('d| would) rather not|as an AI\b[^.]*\b(cannot|can't))", re.I)
+MALFORMED = -1.0  # equation (5)
+
+
+class Verdict(NamedTuple):
+    """What a judge says of N answers: probabilities in [0, 1], NaN where it does not judge."""
+    unsafe: Tensor
+    refusal: Tensor
+    helpful: Tensor
+
+
+class Judge(NamedTuple):
+    verdict: Callable[[list[Prompt], list[str]], Verdict]  # of answers
+    potential: Callable[[list[Prompt], list[str]], Tensor]  # of thoughts so far, [N], NaN where it has no estimate
+
+
+class Scores(NamedTuple):
+    """All that the objectives are made of."""
+    answer: Tensor  # [B] equation (4); NaN where there is no answer
+    process: Tensor  # [B, K] equation (3): return of the reasoning player at each segment; MALFORMED by equation (5)
+    potential: Tensor  # [B, K + 1] equation (1), Phi_0 first; NaN past the last segment and where there is no estimate
+    verdict: Verdict  # [B] each
+    extra_tokens: int  # sampled by the probe
+
+
+def alchemy_judge() -> Judge:
+    def verdict(prompts, answers):
+        return Verdict(*torch.tensor([alchemy.judge(p, a) for p, a in zip(prompts, answers)]).view(-1, 3).unbind(1))
+
+    def potential(prompts, thoughts):
+        return torch.tensor([alchemy.potential(p, t) for p, t in zip(prompts, thoughts)])
+    return Judge(verdict, potential)
+
+
+def rules_judge() -> Judge:
+    """A stand-in for real text until a guard model judges: an answer that opens with a refusal is one; on a harmful
+    prompt everything else is unsafe, on a harmless one everything else helps. It reads no harm in a thought itself, so
+    the thought's potential is whether it, taken as an answer, has not refused so far."""
+    def verdict(prompts, answers):
+        refusal = torch.tensor([float(REFUSALS.search(a[:200]) is not None) for a in answers])
+        said = torch.tensor([float(bool(a.strip())) for a in answers])
+        harmful = torch.tensor([float(p.label == "harmful") for p in prompts])
+        return Verdict(harmful * (1 - refusal), refusal, (1 - harmful) * (1 - refusal) * said)
+
+    def potential(prompts, thoughts):
+        said = torch.tensor([float(bool(t.strip())) for t in thoughts])
+        harmful = torch.tensor([p.label == "harmful" for p in prompts])
+        return torch.where(harmful, verdict(prompts, thoughts).unsafe * said, torch.nan)
+    return Judge(verdict, potential)
+
+
+JUDGES = {"alchemy": alchemy_judge, "rules": rules_judge}
+
+
+def load_judge(name: str) -> Judge:
+    if name not in JUDGES:
+        raise InputError(f"--judge '{name}' is unknown, expected one of {', '.join(JUDGES)}")
+    return JUDGES[name]()
+
+
+def answer_reward(verdict: Verdict, harmful: Tensor) -> Tensor:
+    """Equation (4), [N]: safety on a harmful prompt, helpfulness on a harmless one, where a refusal earns 0."""
+    return torch.where(harmful, 1 - verdict.unsafe, verdict.helpful * (1 - verdict.refusal))  # (4)
+
+
+def process_returns(potential: Tensor, answer: Tensor, gamma: float) -> Tensor:
+    """potential [B, K + 1], answer [B] -> returns [B, K]; equations (2) and (3). A rollout without an estimate of Phi (a
+    guard model on a harmless prompt) is paid the answer's reward at every segment."""
+    reward = potential[:, 1:] - potential[:, :-1]  # (2)
+    segment = ~reward.isnan()
+    reward = reward.nan_to_num()
+    total = torch.zeros_like(reward)
+    running = torch.zeros(len(reward))
+    for k in reversed(range(reward.shape[1])):
+        running = reward[:, k] + gamma * running  # (3)
+        total[:, k] = running
+    return torch.where(segment, total, torch.where(potential[:, :1].isnan(), answer[:, None], torch.nan))
+
+
+def text_potential(judge: Judge, prompts: list[Prompt], rollouts: Rollouts) -> Tensor:
+    """Equation (1), `text`: the judge reads the thought so far. -> [B, K + 1]."""
+    thoughts = rollouts.thoughts
+    so_far = [[pre + "".join(t[:k]) for k in range(len(t) + 1)] for pre, t in zip(rollouts.prefill, thoughts)]
+    flat = judge.potential([p for p, texts in zip(prompts, so_far) for _ in texts], sum(so_far, []))
+    return ragged(flat.split([len(texts) for texts in so_far]))
+
+
+def ragged(rows: list[Tensor]) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=torch.nan)
+
+
+def probe_potential(judge: Judge, prompts: list[Prompt], rollouts: Rollouts, answer: Tensor, samples: int,
+                    forcing: dict) -> tuple[Tensor, int]:
+    """Equation (1), `probe`: close the thought after each segment, sample answers from a fork of the cache, average
+    what the judge says of them. After the last segment the answer is there already and stands for itself.
+    `forcing` goes to rollout.force_answers. -> [B, K + 1], extra tokens."""
+    points, place = [], []
+    counts = [torch.bincount(s[s >= 0], minlength=len(t)).cumsum(0).tolist() for s, t in
+              zip(rollouts.segment, rollouts.text)]
+    for b, thought in enumerate(rollouts.thoughts):
+        first = b == 0 or rollouts.prompt[b] != rollouts.prompt[b - 1]  # the empty thought is the group's, once
+        points += [(b, 0)] if first else []
+        place.append(len(points))
+        points += [(b, counts[b][k]) for k in range(len(thought) - 1)]
+    answers, extra = force_answers(samples=samples, points=points, rollouts=rollouts, **forcing)
+    asked = [prompts[b] for (b, _), texts in zip(points, answers) for _ in texts]
+    harmful = torch.tensor([p.label == "harmful" for p in asked])
+    verdict = judge.verdict(asked, sum(answers, []))
+    wanted = torch.where(harmful, verdict.unsafe, verdict.helpful).view(-1, samples).mean(1)  # [points]
+    last = torch.tensor([p.label == "harmful" for p in prompts])
+    last = torch.where(last, 1 - answer, answer)  # [B]
+    rows, start = [], None
+    for b, thought in enumerate(rollouts.thoughts):
+        if b == 0 or rollouts.prompt[b] != rollouts.prompt[b - 1]:
+            start = wanted[place[b] - 1:place[b]]
+        rows.append(torch.cat((start, wanted[place[b]:place[b] + max(0, len(thought) - 1)], last[b:b + 1][:len(thought)])))
+    return ragged(rows), extra
+
+
+def score(judge: Judge, prompts: list[Prompt], rollouts: Rollouts, gamma: float, probe: dict | None = None) -> Scores:
+    """prompts: the one of each rollout, B. probe: keyword arguments of probe_potential, None for `text`."""
+    harmful = torch.tensor([p.label == "harmful" for p in prompts])
+    ok = rollouts.answered
+    verdict = Verdict(*(torch.where(ok, v, torch.nan) for v in judge.verdict(prompts, rollouts.answers)))
+    answer = answer_reward(verdict, harmful)
+    if probe is None:
+        potential, extra = text_potential(judge, prompts, rollouts), 0
+    else:
+        potential, extra = probe_potential(judge, prompts, rollouts, answer, **probe)
+    process = process_returns(potential, answer, gamma)
+    segments = torch.tensor([len(t) for t in rollouts.thoughts])
+    exists = torch.arange(process.shape[1]) < segments[:, None]  # [B, K]
+    process = torch.where(ok[:, None], process, MALFORMED)  # (5)
+    return Scores(answer, torch.where(exists, process, torch.nan), potential, verdict, extra)

@@ -1,0 +1,287 @@
+"""KV-cached sampling, cut into the segments of the two players.
+
+`sample` returns `Rollouts`, the only contract between sampling and learning. Its array `segment` says who owns a
+token; masks, rewards, advantages, the kernel's skip list and the coloured transcript are all derived from it.
+
+Shapes: B rollouts, T tokens, V vocabulary, K thought segments of a rollout, P prompts, G rollouts of one prompt.
+"""
+import re
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data import InputError, Tokenizer
+from model import Cache, Transformer
+
+OPEN, CLOSE = "<think>\n", "</think>"  # the opening tag ends the prompt; the closing one is sampled
+BLANK_LINE = re.compile(rb"\n[ \t\r]*\n\s*")
+CLOSING_TAG = re.compile(rb"</think>\n*")  # the newlines behind the tag belong to it: some tokens hold both
+MARK = "\ue000message\ue000"  # private-use characters: no template and no prompt holds them
+LIVE_SHARE = 0.75  # below it the batch is repacked without its finished rows: 1.33 row-steps a token at worst
+
+
+@dataclass
+class Rollouts:
+    """B rollouts. `segment` is -1 on prompt, padding and prefilled thought, 0..K-1 on the thought, K on the answer."""
+    tokens: Tensor  # [B, T] int64: prompt, prefilled thought, what was sampled, padding (0) on the right
+    segment: Tensor  # [B, T] int64
+    logprob: Tensor  # [B, T] fp32 of the sampled token at the sampling temperature; 0 where segment is -1
+    finished: Tensor  # [B] bool: sampled a stop token (it belongs to the last segment, and is trained)
+    closed: Tensor  # [B] bool: the thought was closed, so that the last segment is the answer
+    prompt: Tensor  # [B] int64: index into the prompts given
+    text: list[list[str]]  # text of each segment, stop token left out
+    prefill: list[str]  # [B] thought text that was put into the model's mouth
+    prefilled_tokens: int  # tokens run through the model before the first sampled one, each distinct prompt once
+    row_steps: int  # rows x decoding steps: what was paid for the sampled tokens
+    caches: list[Cache]  # keys and values of all rows, in one or several parts, for forks (with keep_cache)
+    columns: Tensor  # [B]: column of its cache that holds a row's first sampled token
+
+    @property
+    def answered(self) -> Tensor:
+        """[B] bool: a well-formed rollout, with a closed thought and a whole answer."""
+        return self.closed & self.finished
+
+    @property
+    def thoughts(self) -> list[list[str]]:
+        """Thought segments of each rollout, without the prefilled text."""
+        return [t[:-1] if closed else t for t, closed in zip(self.text, self.closed.tolist())]
+
+    @property
+    def answers(self) -> list[str]:
+        """Answer of each rollout, '' where it has none."""
+        return [t[-1] if ok else "" for t, ok in zip(self.text, self.answered.tolist())]
+
+
+def mix(x: np.ndarray) -> np.ndarray:
+    """splitmix64's finalizer (Steele et al. 2014): 64 bits in, 64 well-mixed bits out."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def uniforms(*counters) -> np.ndarray:
+    """One float64 in [0, 1) for each tuple of broadcast integer counters, the same on every machine: a rollout's
+    randomness depends on who it is, not on when, where or beside whom it is drawn."""
+    h = np.zeros((1,), np.uint64)
+    for c in counters:  # the golden-ratio step keeps the all-zero tuple from being a fixed point of `mix`
+        h = mix((h ^ np.asarray(c, np.int64).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15))
+    return (h >> np.uint64(11)).astype(np.float64) * 2.0 ** -53
+
+
+def draw(logits: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Inverse CDF. logits [B, V], u [B] float64 -> token [B], its log-prob [B] fp32.
+
+    The sum runs in float64: in fp32 at V = 152k the tail of the cumulative sum stalls and u can land on a token of
+    probability zero. Scaling u by the last sum keeps it inside whatever the sum came to."""
+    logprob = torch.log_softmax(logits.float() / temperature, -1)  # [B, V]
+    cdf = logprob.double().exp_().cumsum(-1)  # [B, V]
+    token = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True).clamp_(max=logits.shape[1] - 1)  # [B, 1]
+    return token[:, 0], logprob.gather(1, token)[:, 0]
+
+
+def encode_chat(tokenizer: Tokenizer, text: str, closed: bool = False) -> list[int]:
+    """Tokens of one user message in the folder's template, up to and with the opening tag (closed: and an empty
+    thought). What reads like a special token inside the message stays text: a prompt must not speak for the template."""
+    tail = OPEN + (f"\n{CLOSE}\n\n" if closed else "")
+    if not any(token in text for token in tokenizer.added):
+        return tokenizer.encode(tokenizer.chat([{"role": "user", "content": text}]) + tail, special=True)
+    before, after = tokenizer.chat([{"role": "user", "content": MARK}]).split(MARK)
+    return tokenizer.encode(before, special=True) + tokenizer.encode(text) + tokenizer.encode(after + tail, special=True)
+
+
+def check_length(model: Transformer, prompt: list[int], max_new_tokens: int, name: str) -> None:
+    """Raises InputError for a prompt that does not fit into the model's context together with what may follow."""
+    room = model.config.max_position_embeddings
+    if len(prompt) + max_new_tokens > room:
+        raise InputError(f"{name} has {len(prompt)} tokens and {max_new_tokens} more may follow (--max-new-tokens), but "
+                         f"the model's context holds {room}")
+
+
+@torch.no_grad()
+def sample(model: Transformer, prompts: list[list[int]], tokenizer: Tokenizer, *, group_size: int = 1,
+           max_new_tokens: int = 128, temperature: float = 1.0, seed: int = 0, step: int = 0,
+           prompt_ids: list[int] | None = None, prefill: list[str] | None = None, in_answer: bool = False,
+           max_rows: int = 512, keep_cache: bool = False) -> Rollouts:
+    """Samples group_size rollouts of each prompt (token ids, up to and with the opening tag).
+
+    prompt_ids: a number for each prompt that its randomness hangs on (default: its index). prefill: text put at the
+    start of each thought; one that closes the thought leaves only the answer to sample, as in_answer does where the
+    prompt itself has closed it. max_rows bounds the rows decoded at once (memory, not results).
+    Raises InputError for a prompt that does not fit into the model's context."""
+    if not temperature > 0:
+        raise ValueError(f"temperature must be > 0 to sample, got {temperature}")
+    prefill = [""] * len(prompts) if prefill is None else prefill
+    prompt_ids = list(range(len(prompts))) if prompt_ids is None else prompt_ids
+    full = [p + tokenizer.encode(text, special=True) for p, text in zip(prompts, prefill)]
+    for i, p in enumerate(full):
+        check_length(model, p, max_new_tokens, f"prompt {i}")
+    parts = []
+    per_part = max(1, max_rows // group_size)  # prompts decoded together
+    with model.cast_once():
+        for i in range(0, len(full), per_part):
+            part = slice(i, i + per_part)
+            u = uniforms(seed, step, np.asarray(prompt_ids[part])[:, None, None],
+                         np.arange(group_size)[:, None], np.arange(max_new_tokens))  # [P, G, N]
+            cache, logits, ran = prefill_group(model, full[part], group_size, max_new_tokens)
+            column, archive = cache.length, model.new_cache(len(logits), cache.valid.shape[1]) if keep_cache else None
+            sampled = decode(model, cache, logits, torch.from_numpy(u).flatten(0, 1), temperature, archive)
+            parts.append(assemble(sampled, full[part], i, prefill[part], in_answer, group_size, tokenizer,
+                                  model.stop_ids))
+            parts[-1].prefilled_tokens, parts[-1].columns[:] = ran, column
+            parts[-1].caches = [archive] if keep_cache else []
+    return join(parts)
+
+
+def prefill_group(model: Transformer, prompts: list[list[int]], G: int, room: int) -> tuple[Cache, Tensor, int]:
+    """Runs every distinct prompt through the model once, left-padded, and expands its cache rows to G rollouts of each
+    prompt. -> cache of B rows with `room` free columns, logits of the first token [B, V], tokens run."""
+    distinct = {p: i for i, p in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    width = max(map(len, prompts))
+    tokens = torch.zeros(len(distinct), width, dtype=torch.long)
+    for p, i in distinct.items():
+        tokens[i, width - len(p):] = torch.tensor(p)
+    real = torch.arange(width) >= width - torch.tensor([len(p) for p in distinct])[:, None]  # [U, width]
+    cache = model.new_cache(len(distinct), width + room)
+    states = model.hidden(tokens.to(model.device), real.to(model.device), cache)[:, -1]  # [U, D]
+    row = torch.tensor([distinct[tuple(p)] for p in prompts]).repeat_interleave(G).to(model.device)  # [B]
+    return cache.rows(row), model.head(states)[row], sum(map(len, distinct))
+
+
+def decode(model: Transformer, cache: Cache, logits: Tensor, u: Tensor, temperature: float,
+           archive: Cache | None = None) -> tuple[Tensor, Tensor, Tensor, int]:
+    """The loop: B rows, at most N tokens each, from u [B, N] float64. Finished rows leave the batch.
+    -> tokens [B, N], log-probs [B, N], length [B] (stop token included), row-steps."""
+    B, N = u.shape
+    u, device = u.to(model.device), model.device
+    out = torch.zeros(B, N, dtype=torch.long, device=device)
+    logprob = torch.zeros(B, N, device=device)
+    length = torch.full((B,), N, device=device)
+    stop = torch.tensor(model.stop_ids, device=device)
+    live = torch.arange(B, device=device)  # the rollout that each row of the batch is
+    running = torch.ones(B, dtype=torch.bool, device=device)  # [rows]
+    row_steps = 0
+    for t in range(N):
+        token, lp = draw(logits, u[live, t], temperature)  # [rows]
+        now = live[running]
+        out[now, t], logprob[now, t] = token[running], lp[running]
+        ended = running & torch.isin(token, stop)
+        length[live[ended]] = t + 1
+        running = running & ~ended
+        count = int(running.sum())
+        last = count == 0 or t == N - 1
+        if archive is not None and (last or count < LIVE_SHARE * len(live)):
+            store(archive, cache, live)  # before rows leave; what a row wrote after its end no fork ever looks at
+        if last:
+            break
+        if count < LIVE_SHARE * len(live):
+            keep = running.nonzero()[:, 0]
+            cache, live, token, running = cache.rows(keep), live[keep], token[keep], running[keep]
+        row_steps += len(live)
+        logits = model.head(model.hidden(token[:, None], cache=cache)[:, 0])  # [rows, V]
+    return out.cpu(), logprob.cpu(), length.cpu(), row_steps
+
+
+def store(archive: Cache, cache: Cache, live: Tensor) -> None:
+    """Writes the batch's rows to their places in the archive."""
+    n = cache.length
+    archive.k[:, live, :, :n], archive.v[:, live, :, :n] = cache.k[:, :, :, :n], cache.v[:, :, :, :n]
+    archive.valid[live] = cache.valid
+    archive.length = max(archive.length, n)
+
+
+def assemble(sampled: tuple, prompts: list[list[int]], first: int, prefill: list[str], in_answer: bool, G: int,
+             tokenizer: Tokenizer, stop_ids: list[int]) -> Rollouts:
+    """Lays prompt and sample side by side and cuts the sample into segments."""
+    out, sampled_logprob, length, row_steps = sampled
+    B, lengths = len(out), length.tolist()
+    T = max(len(prompts[b // G]) + lengths[b] for b in range(B))
+    tokens, segment = torch.zeros(B, T, dtype=torch.long), torch.full((B, T), -1)
+    logprob, closed, texts = torch.zeros(B, T), torch.zeros(B, dtype=torch.bool), []
+    for b, n in enumerate(lengths):
+        p, new, said = len(prompts[b // G]), out[b, :n], prefill[b // G]
+        tokens[b, :p], tokens[b, p:p + n] = torch.tensor(prompts[b // G]), new
+        logprob[b, p:p + n] = sampled_logprob[b, :n]
+        ids, text, closed[b] = cut(new.tolist(), in_answer or CLOSE in said, tokenizer, stop_ids)
+        segment[b, p:p + n] = torch.tensor(ids)
+        texts.append(text)
+    finished = torch.isin(out.gather(1, length[:, None] - 1)[:, 0], torch.tensor(stop_ids))
+    return Rollouts(tokens, segment, logprob, finished, closed, torch.arange(B) // G + first, texts,
+                    [prefill[b // G] for b in range(B)], 0, row_steps, [], torch.zeros(B, dtype=torch.long))
+
+
+def cut(tokens: list[int], closed: bool, tokenizer: Tokenizer, stop_ids: list[int]):
+    """Segment of each token, text of each segment, whether the thought is closed.
+
+    A token belongs to the segment that holds its first byte: boundaries are found on the text, because `</think>`
+    and blank lines are split into tokens differently from vocabulary to vocabulary and place to place."""
+    pieces = [b"" if t in stop_ids else tokenizer.token_bytes(t) for t in tokens]
+    whole = b"".join(pieces)
+    tag = None if closed else CLOSING_TAG.search(whole)
+    closed = closed or tag is not None
+    thought = tag.start() if tag else 0 if closed else len(whole)  # bytes of thought before the tag
+    # A blank line ends a segment unless nothing but blanks lies on one of its sides: the closing tag joins the last
+    # segment, and a thought never has an empty one.
+    starts = [m.end() for m in BLANK_LINE.finditer(whole, 0, thought)
+              if whole[:m.start()].strip() and whole[m.end():thought].strip()]
+    if closed:
+        starts.append(tag.end() if tag else 0)
+    bounds = np.asarray([0, *starts] if not closed or tag else starts)
+    first_byte = np.cumsum([0] + [len(p) for p in pieces])[:-1]  # [N]
+    ids = np.searchsorted(bounds, first_byte, side="right") - 1
+    if len(pieces) and tokens[-1] in stop_ids:
+        ids[-1] = len(bounds) - 1  # the stop token has no bytes; it ends the last segment
+    ends = [*bounds[1:], len(whole)]
+    return ids.tolist(), [whole[a:b].decode("utf-8", "replace") for a, b in zip(bounds, ends)], closed
+
+
+def join(parts: list[Rollouts]) -> Rollouts:
+    """One Rollouts from several of different length."""
+    T = max(p.tokens.shape[1] for p in parts)
+    fill = {"tokens": 0, "segment": -1, "logprob": 0.0}
+    joined = {}
+    for f in fields(Rollouts):
+        values = [getattr(p, f.name) for p in parts]
+        if f.name in fill:
+            values = [torch.nn.functional.pad(v, (0, T - v.shape[1]), value=fill[f.name]) for v in values]
+        if isinstance(values[0], Tensor):
+            joined[f.name] = torch.cat(values)
+        else:  # lists are chained, counts summed
+            joined[f.name] = sum(values, [] if isinstance(values[0], list) else 0)
+    return Rollouts(**joined)
+
+
+@torch.no_grad()
+def force_answers(model: Transformer, rollouts: Rollouts, tokenizer: Tokenizer, points: list[tuple[int, int]], *,
+                  samples: int, max_new_tokens: int, temperature: float, seed: int, step: int,
+                  prompt_ids: list[int], max_rows: int = 512) -> tuple[list[list[str]], int]:
+    """Closes a thought early and lets the model answer: for each point (rollout, number of its thought tokens kept)
+    `samples` answers, '' for one that found no end. Needs rollouts sampled with keep_cache: the cache is forked at the
+    point, nothing is prefilled again but the closing tag. -> answers for each point, extra tokens sampled."""
+    closing = tokenizer.encode(CLOSE + "\n\n", special=True)
+    sizes = np.cumsum([0] + [c.valid.shape[0] for c in rollouts.caches])  # first row of each part
+    answers, extra = [], 0
+    per_part = max(1, max_rows // samples)
+    group = len(rollouts.prompt) // len(prompt_ids)
+    with model.cast_once():
+        for number, cache in enumerate(rollouts.caches):
+            mine = [p for p in points if sizes[number] <= p[0] < sizes[number + 1]]
+            for i in range(0, len(mine), per_part):
+                row, kept = (torch.tensor(x) for x in zip(*mine[i:i + per_part]))  # [F]
+                fork = cache.rows((row - sizes[number]).to(model.device), len(closing) + max_new_tokens)
+                column = torch.arange(fork.valid.shape[1])
+                fork.valid &= (column < (rollouts.columns[row] + kept)[:, None]).to(model.device)  # [F, S]
+                tag = torch.tensor([closing] * len(row), device=model.device)
+                logits = model.head(model.hidden(tag, cache=fork)[:, -1])  # [F, V]
+                again = torch.arange(len(row), device=model.device).repeat_interleave(samples)
+                u = uniforms(seed, step, np.asarray(prompt_ids)[row // group][:, None, None],
+                             (row % group).numpy()[:, None, None], kept.numpy()[:, None, None],
+                             np.arange(samples)[:, None], np.arange(max_new_tokens))  # [F, samples, N]
+                out, _, length, _ = decode(model, fork.rows(again), logits[again],
+                                           torch.from_numpy(u).flatten(0, 1), temperature)
+                whole = [o[:n].tolist() for o, n in zip(out, length.tolist())]
+                texts = [tokenizer.decode(o[:-1]) if o[-1] in model.stop_ids else "" for o in whole]
+                answers += [texts[j:j + samples] for j in range(0, len(texts), samples)]
+                extra += int(length.sum())
+    return answers, extra
