@@ -271,8 +271,9 @@ def forward(hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor) -> t
     forward_kernel[triton.cdiv(N, tile["ROWS"]) * splits,](
         window(hidden, tile["ROWS"], tile["DEPTH"]), window(weight, tile["COLS"], tile["DEPTH"]), targets,
         scale, tops, totals, moments, picked, N, V, D, per_split, **tile, **options)
-    combine_kernel[triton.cdiv(N, 16),](tops, totals, moments, picked, scale, peak, log, logprob, entropy, N, splits,
-                                        triton.next_power_of_2(splits), 16, enable_fp_fusion=True)
+    combine_kernel[triton.cdiv(N, 16),](
+        tops, totals, moments, picked, scale, peak, log, logprob, entropy, N, splits,
+        triton.next_power_of_2(splits), 16, enable_fp_fusion=True)
     return logprob, entropy, peak, log
 
 

@@ -1,0 +1,55 @@
+"""What several test files need."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+import rollout
+
+ROOT = Path(__file__).parents[1]
+FIXTURES = ROOT / "tests" / "fixtures"
+FOLDERS = ("tiny-qwen2", "tiny-qwen3", "tiny-llama3")
+
+
+def golden(name):
+    return json.loads((FIXTURES / name / "golden.json").read_text())
+
+
+def made_rollouts(tokenizer, prompts, texts, stop_id, G, in_answer=False, logprob=-1.0):
+    """Rollouts with the given texts ('$' at the end stands for the stop token), as the sampler would lay them out."""
+    rows = [tokenizer.encode(t.removesuffix("$"), special=True) + [stop_id] * t.endswith("$") for t in texts]
+    N = max(map(len, rows))
+    out = torch.tensor([r + [0] * (N - len(r)) for r in rows])
+    length = torch.tensor([len(r) for r in rows])
+    sampled = (out, torch.full(out.shape, logprob), length, 0)
+    return rollout.assemble(sampled, prompts, 0, [""] * len(prompts), in_answer, G, tokenizer, [stop_id])
+
+
+def write_random_folder(folder, vocab, hidden, layers, heads, kv_heads, intermediate, tied=True, dtype=torch.bfloat16):
+    """A Qwen2-shaped Hugging Face folder of random weights with tiny-qwen2's tokenizer; written weight by weight."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    source = FIXTURES / "tiny-qwen2"
+    config = json.loads((source / "config.json").read_text())
+    config |= dict(vocab_size=vocab, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+                   num_key_value_heads=kv_heads, intermediate_size=intermediate, tie_word_embeddings=tied)
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((source / name).read_bytes())
+    from model import Transformer, read_configs
+    with torch.device("meta"):
+        shapes = {n: p.shape for n, p in Transformer(*read_configs(folder)).named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    save_file({n: (torch.randn(s, generator=generator) * 0.02 + n.endswith("norm.weight")).to(dtype)
+               for n, s in shapes.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    return config
+
+
+def run_sear(*arguments, **kw):
+    """sear.py in a process of its own, one thread, no progress bar's escape codes in the way."""
+    return subprocess.run([sys.executable, str(ROOT / "sear.py"), *map(str, arguments)], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=150, **kw)
