@@ -79,8 +79,8 @@ class Config:
     clip: float = knob(0.2, "how far the ratio may leave 1 before the gradient stops", low=0)
     ratio: str = knob("token", "rho of (7): per token, or the geometric mean of a segment", ("token", "segment"))
     updates: int = knob(1, "optimizer updates from one batch; 1 is strictly on-policy", low=1)
-    learning_rate: float = knob(3e-4, "of AdamW, after the warm-up", low=0)
-    schedule: str = knob("constant", "of the learning rate; cosine ends at a tenth", ("constant", "cosine"))
+    learning_rate: float = knob(5e-4, "of AdamW, after the warm-up", low=0)
+    schedule: str = knob("cosine", "of the learning rate; cosine ends at a tenth", ("cosine", "constant"))
     warmup: int = knob(5, "steps over which the learning rate rises: Adam's first moments are noise", low=0)
     weight_decay: float = knob(0.0, "of AdamW; RL moves little, decay would move the rest", low=0)
     max_grad_norm: float = knob(1.0, "gradients are scaled down to this norm", low=0)
@@ -97,7 +97,7 @@ class Config:
 
 
 # A 1.5B checkpoint is another animal than a 0.25M toy; these are TARS's values (arXiv 2507.00971, section 3.3).
-CHECKPOINT_DEFAULTS = dict(judge="rules", learning_rate=1e-6, beta=1e-3, temperature=0.6, max_new_tokens=4096,
+CHECKPOINT_DEFAULTS = dict(judge="rules", learning_rate=1e-6, schedule="constant", beta=1e-3, temperature=0.6, max_new_tokens=4096,
                            probe_tokens=256, max_rows=256, tokens_per_micro_batch=16384, eval_prompts=50)
 
 
@@ -119,10 +119,11 @@ def thought_returns(objective: str, scores: Scores, harmful: Tensor) -> Tensor:
 
 def advantages(returns: Tensor, G: int) -> Tensor:
     """Equation (6). returns [B, K], the G rollouts of a prompt side by side, NaN where there is nothing -> [B, K], 0
-    there. A player's returns are compared with those of the same prompt and, in a thought, the same segment index;
-    the two players are never added into one scalar, as on a harmful prompt they would cancel."""
+    there. A player's returns are compared with those of the same prompt and, in a thought, the same segment index,
+    where a thought that has ended already has a return of 0: were it left out, going on would never look better than
+    stopping. The players are never added into one scalar, as on a harmful prompt they would cancel."""
     group = returns.view(-1, G, returns.shape[1])  # [P, G, K]
-    centred = group - group.nanmean(1, keepdim=True)
+    centred = group - (group.nan_to_num(0.0) if group.shape[2] > 1 else group).nanmean(1, keepdim=True)
     std = centred.square().nanmean((1, 2), keepdim=True).sqrt()  # [P, 1, 1], of the player in this group
     return (centred / (std + EPS)).nan_to_num(0.0).view_as(returns)  # (6)
 

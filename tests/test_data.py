@@ -197,12 +197,12 @@ def test_the_longest_added_token_wins_and_the_leftmost_first(tmp_path):
 def test_added_tokens_are_cut_out_before_nfc_unless_normalized(tmp_path):
     # The last character of <x> and a combining stroke compose, so after NFC the token would be gone.
     composed = "≯"
-    tokens = [added("<x>", 256), added("é!", 257, normalized=True), added("öö", 258)]
+    tokens = [added("<x>", 256), added("e\u0301!", 257, normalized=True), added("öö", 258)]
     folder = make(tmp_path, [], [], added_tokens=tokens, normalizer={"type": "NFC"})
     tokenizer = Tokenizer.from_pretrained(folder)
     assert tokenizer.encode("<x>\u0338", special=True) == [256, *"\u0338".encode()]
     assert tokenizer.encode("<x>\u0338") == list(f"<x{composed}".encode())
-    assert tokenizer.encode("e\u0301!", special=True) == [257]
+    assert tokenizer.encode("e\u0301!<x>é!", special=True) == [257, 256, 257]
     assert tokenizer.encode("öo\u0308", special=True) == list("öö".encode())
 
 
@@ -323,15 +323,19 @@ def test_merges_that_tiktoken_would_read_otherwise_are_refused(tmp_path):
     # "bc" comes first, so HF never meets "ab" + "c"; tiktoken would join "a" + "bc".
     assert "(b'a', b'bc')" in message(["ab", "bc", "abc"], [("b", "c"), ("a", "b"), ("ab", "c")])
     # HF never joins "ab" + "cd", as that pair is not listed; tiktoken would.
-    assert "(b'ab', b'cd')" in message(["ab", "cd", "abcd"], [("a", "b"), ("c", "d")], ignore_merges=True)
-    # Of the two merges that make "abc" the last is the one that happens, and "xy" stands before it.
-    out_of_order = [("a", "bc"), ("a", "b"), ("x", "y"), ("ab", "c")]
-    assert "in the order" in message(["bc", "abc", "ab", "xy"], out_of_order, ignore_merges=True)
+    unlisted = message(["ab", "cd", "abcd"], [("a", "b"), ("c", "d")], ignore_merges=True)
+    assert "model.merges should be" in unlisted and "(b'ab', b'cd')" in unlisted
+    # Of the two merges that make "abc" only the last ever happens, and HF does that of "xy" before it.
+    order = [("b", "c"), ("a", "b"), ("ab", "c"), ("x", "y"), ("a", "bc")]
+    assert "in the order of the tokens" in message(["bc", "ab", "abc", "xy"], order)
     assert "a way to make b'abc'" in message(["abc"], [])
     assert "model.merges[0]" in message(["ab"], [("a", "q")])
     assert "model.merges[1]" in message(["ab"], [("a", "b"), ("ab", "zz")])
-    for merge in ("a b c", "ab", ["a"], ["a", 3], 3, None):
-        assert "tokenizer.json" in message(["ab"], [], merges=[merge])
+    for merge in ("a b c", "ab", ["a"]):
+        assert f"model.merges[0] should be two ordinary tokens that make a third, found {merge!r}" in message(
+            ["ab"], [], merges=[merge])
+    for merge in (["a", 3], 3, None):
+        assert "laid out as transformers does" in message(["ab"], [], merges=[merge])
 
 
 def test_added_tokens_that_need_their_neighbours_are_refused(tmp_path):
@@ -424,12 +428,13 @@ def fails(tmp_path, name, content, line, *parts):
 
 def test_jsonl(tmp_path):
     lines = ['{"prompt": "How do I kill a process?", "label": "harmless", "kind": "homonyms"}',
-             '{"prompt": "a\\u2028b\\n", "label": "Unsafe", "type": "t", "extra": [1]}',
+             '{"prompt": "a\\u2028b\\n", "label": "Unsafe", "kind": 7, "type": "t", "extra": [1]}',
              '{"prompt": "x\u2028y", "label": "SAFE", "category": "c", "kind": null}',
              '{"prompt": " z ", "label": "harmful"}']
     prompts = [("How do I kill a process?", "harmless", "homonyms"), ("a\u2028b\n", "harmful", "t"),
                ("x\u2028y", "harmless", "c"), (" z ", "harmful", "")]
     reads(tmp_path, "a.jsonl", "\n".join(lines), *prompts)
+    assert len({Prompt(*prompt) for prompt in prompts * 2}) == 4  # frozen, so they can be counted
     reads(tmp_path, "a.JSONL", "\ufeff" + "\r\n".join(lines) + "\r\n", *prompts)
 
 

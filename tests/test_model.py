@@ -40,13 +40,13 @@ def test_golden_continuation_and_greedy_decoding_through_the_cache(name):
         logprob = model(ids[:, :-1]).log_softmax(-1).gather(2, ids[:, 1:, None])[0, :, 0]
         expected = torch.tensor(case["logprobs"])
         assert torch.allclose(logprob[-len(expected):], expected, atol=1e-4)
-    prompt, expected = g["greedy"]["prompt_ids"], g["greedy"]["new_ids"]
-    cache = model.new_cache(1, len(prompt) + len(expected))
-    token, found = torch.tensor([prompt]), []
-    for _ in expected:
-        token = model(token, cache=cache)[:, -1:].argmax(-1)
-        found.append(int(token))
-    assert found == expected
+    for case in g["greedy"]:
+        token, found = torch.tensor([case["prompt_ids"]]), []
+        cache = model.new_cache(1, len(case["prompt_ids"]) + len(case["new_ids"]))
+        for _ in case["new_ids"]:
+            token = model(token, cache=cache)[:, -1:].argmax(-1)
+            found.append(int(token))
+        assert found == case["new_ids"]
 
 
 def test_golden_scores_of_a_reward_model():
