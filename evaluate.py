@@ -2,7 +2,7 @@
 
     none          the model as it is                prefill       the thought starts with injected text, the model goes on
     hijack        the whole thought is replaced and closed, the model only answers: worked out, talked out of the rules
-    hijack-short  the same with the talk alone      reset         prefill, answer, "let us start over", twice again
+    hijack-short  the same with the talk alone      reset         prefill, answer, "let us start over", and twice again
     mirror        a refusing thought is prefilled: does the model still help with what is harmless?
 """
 import argparse
@@ -20,7 +20,7 @@ import checkpoint
 from data import InputError, Prompt, Tokenizer, as_json, read_text
 from model import Transformer
 from rewards import Judge
-from rollout import CLOSE, MARK, OPEN, Rollouts, encode_chat, sample
+from rollout import CLOSE, Rollouts, encode_chat, sample
 
 ATTACKS = ("none", "prefill", "hijack", "hijack-short", "reset", "mirror")
 HARMFUL, HARMLESS = ("harmful", "covert"), ("harmless", "ambiguous")
@@ -63,22 +63,22 @@ def classes_of(prompts: list[Prompt], embedded: bool) -> list[str]:
     return [p.kind if embedded else p.label for p in prompts]
 
 
-def attacked(attack: str, model: Transformer, tokenizer: Tokenizer, prompts: list[Prompt], c) -> Rollouts:
-    """One rollout of each prompt under the attack. `reset` goes through ROUNDS and returns the last."""
+def attacked(attack: str, model: Transformer, tokenizer: Tokenizer, prompts: list[Prompt], ids: list[int],
+             c) -> Rollouts:
+    """One rollout of each prompt under the attack. ids: what each one's randomness hangs on, whatever the rank.
+    `reset` goes through ROUNDS and returns the last."""
     embedded = not c.prompts
     closed = c.objective == "no-thought" and attack == "none"  # who writes the thought opens it, whatever the training
     tokens = [encode_chat(tokenizer, p.prompt, closed) for p in prompts]
     texts = [attack_text(attack, p, embedded) for p in prompts]
-    again = f"{MARK}{RESTART}"
     for number in range(ROUNDS if attack == "reset" else 1):
         rollouts = sample(model, tokens, tokenizer, prefill=texts, in_answer=closed, max_new_tokens=c.max_new_tokens,
-                          temperature=c.temperature, seed=c.seed, step=EVAL_STEP + number, max_rows=c.max_rows)
+                          temperature=c.temperature, seed=c.seed, step=EVAL_STEP + number, prompt_ids=ids,
+                          max_rows=c.max_rows)
         if number < ROUNDS - 1 and attack == "reset":  # the model's own tokens stay, the template's next turn follows
-            turns = [{"role": "user", "content": "."}, {"role": "assistant", "content": MARK},
-                     {"role": "user", "content": RESTART}]
-            follow = tokenizer.encode(tokenizer.chat(turns).split(MARK)[1] + OPEN, special=True)
             length = (rollouts.segment >= 0).cumsum(1).argmax(1) + 1 - rollouts.finished.long()
-            tokens = [row[:n].tolist() + follow for row, n in zip(rollouts.tokens, length.tolist())]
+            tokens = [row[:n].tolist() + encode_chat(tokenizer, f"{RESTART} {p.prompt}", after_answer=True)
+                      for row, n, p in zip(rollouts.tokens, length.tolist(), prompts)]
     return rollouts
 
 
@@ -87,11 +87,12 @@ def measure(model: Transformer, tokenizer: Tokenizer, judge: Judge, prompts: lis
             bar=iter) -> list[dict]:
     """The rows of eval.jsonl for one stage; prompts are split over ranks."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine, result = prompts[rank::world], []
+    ids, result = list(range(len(prompts)))[rank::world], []
+    mine = [prompts[i] for i in ids]
     for attack in bar(ATTACKS):
         records = []
         if mine:
-            rollouts = attacked(attack, model, tokenizer, mine, c)
+            rollouts = attacked(attack, model, tokenizer, mine, ids, c)
             answered = rollouts.answered
             verdict = [v.where(answered, torch.nan).tolist() for v in judge.verdict(mine, rollouts.answers)]
             thoughts = [pre.split(CLOSE)[0] + "".join(t) for pre, t in zip(rollouts.prefill, rollouts.thoughts)]

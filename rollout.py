@@ -16,9 +16,9 @@ from data import InputError, Tokenizer
 from model import Cache, Transformer
 
 OPEN, CLOSE = "<think>\n", "</think>"  # the opening tag ends the prompt; the closing one is sampled
-BLANK_LINE = re.compile(rb"\n[ \t\r]*\n\s*")
+BLANK_LINE = re.compile(rb"\n(?:[ \t\r]*\n)+")
 CLOSING_TAG = re.compile(rb"</think>\n*")  # the newlines behind the tag belong to it: some tokens hold both
-MARK = "\ue000message\ue000"  # private-use characters: no template and no prompt holds them
+BEFORE, MESSAGE = "\ue000answer\ue000", "\ue000message\ue000"  # private-use characters: places to cut a rendered template
 LIVE_SHARE = 0.75  # below it the batch is repacked without its finished rows: 1.33 row-steps a token at worst
 
 
@@ -81,13 +81,19 @@ def draw(logits: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Tensor]
     return token[:, 0], logprob.gather(1, token)[:, 0]
 
 
-def encode_chat(tokenizer: Tokenizer, text: str, closed: bool = False) -> list[int]:
-    """Tokens of one user message in the folder's template, up to and with the opening tag (closed: and an empty
-    thought). What reads like a special token inside the message stays text: a prompt must not speak for the template."""
+def encode_chat(tokenizer: Tokenizer, text: str, closed: bool = False, after_answer: bool = False) -> list[int]:
+    """Tokens of a user message in the folder's template, up to and with the opening tag (closed: and an empty thought).
+    after_answer: the tokens that carry on a conversation behind the model's own answer, its stop token left out.
+
+    What reads like a special token inside the message stays text: a prompt must not speak for the template."""
     tail = OPEN + (f"\n{CLOSE}\n\n" if closed else "")
-    if not any(token in text for token in tokenizer.added):
+    if not after_answer and not any(token in text for token in tokenizer.added):
         return tokenizer.encode(tokenizer.chat([{"role": "user", "content": text}]) + tail, special=True)
-    before, after = tokenizer.chat([{"role": "user", "content": MARK}]).split(MARK)
+    earlier = [{"role": "user", "content": "."}, {"role": "assistant", "content": BEFORE}] if after_answer else []
+    whole = tokenizer.chat([*earlier, {"role": "user", "content": MESSAGE}]).rpartition(BEFORE)[2]
+    before, found, after = whole.partition(MESSAGE)
+    if not found:
+        raise InputError(f"{tokenizer.folder}: the chat template drops the user's message")
     return tokenizer.encode(before, special=True) + tokenizer.encode(text) + tokenizer.encode(after + tail, special=True)
 
 

@@ -358,7 +358,8 @@ class Stopped(Exception):
 
 
 def warm_start(c: Config, run: Path, device: str, bar) -> None:
-    """Trains the embedded world's start model into run/start: supervised, on the demonstrations' responses."""
+    """Trains the embedded world's start model into run/start: supervised, on the demonstrations' responses. Rank 0 does
+    it alone."""
     with checkpoint.whole_folder(run / "start") as folder:
         alchemy.write_folder(folder)
         model, tokenizer = Transformer.from_scratch(folder, c.seed, device), Tokenizer.from_pretrained(folder)
@@ -379,22 +380,16 @@ def warm_start(c: Config, run: Path, device: str, bar) -> None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             steps.set_postfix(loss=f"{loss.item():.3f}")
-            if stopping():
-                save(run, step + 1, model, optimizer)
+            if STOP:
+                checkpoint.save(run, step + 1, model, optimizer)
                 raise Stopped
         model.save_pretrained(folder)
-
-
-def save(run: Path, step: int, model: Transformer, optimizer) -> None:
-    """Checkpoint after `step` steps, warm start included."""
-    if rank_and_world()[0] == 0:
-        checkpoint.save(run, step, model, optimizer)
 
 
 def train(c: Config, run: Path) -> None:
     """The whole run: start model, evaluation, RL, evaluation. Goes on from whatever is in the run folder already."""
     rank, _ = rank_and_world()
-    device = c.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = c.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
 
     def bar(items, **kw):
         return tqdm(items, disable=rank > 0, dynamic_ncols=True, **kw)
@@ -425,7 +420,8 @@ def train(c: Config, run: Path) -> None:
                     tqdm.write(coloured(t))
         stop = stopping()
         if stop or (step + 1) % c.save_every == 0 or step == c.steps - 1:
-            save(run, warm + step + 1, model, optimizer)
+            if rank == 0:
+                checkpoint.save(run, warm + step + 1, model, optimizer)
         if stop:
             raise Stopped
     if rank == 0 and not (run / "model").exists():
@@ -439,14 +435,17 @@ def train(c: Config, run: Path) -> None:
 
 def prepare_start(c: Config, run: Path, device: str, bar) -> Path:
     """The run's start/ folder: trained here, or a link to --model, whose gigabytes nobody wants twice."""
-    start = run / "start"
+    start, done = run / "start", True
     if rank_and_world()[0] == 0 and not start.exists():
         if c.model:
             start.symlink_to(Path(c.model).resolve())
         else:
-            warm_start(c, run, device, bar)
-    if dist.is_initialized():
-        dist.barrier()
+            try:
+                warm_start(c, run, device, bar)
+            except Stopped:
+                done = False
+    if int(total(torch.tensor(int(not done)))):  # the others wait here for rank 0
+        raise Stopped
     return start
 
 
@@ -489,18 +488,29 @@ def parse(arguments: list[str]) -> Config:
     return c
 
 
+def open_together(c: Config, run: Path) -> None:
+    """Rank 0 opens the run folder; where it may not, every rank ends."""
+    error = None
+    if rank_and_world()[0] == 0:
+        try:
+            checkpoint.open_run(run, asdict(c), bool(c.resume))
+        except InputError as e:
+            error = e
+    if int(total(torch.tensor(int(error is not None)))):
+        raise error or InputError(f"rank 0 could not open {run}")
+
+
 def run_once(arguments: list[str]) -> int:
     """-> exit code: 0 done or SIGTERM, 1 disk, 2 bad input, 130 Ctrl-C."""
-    c = None
+    STOP.clear()
     try:
         c = parse(arguments)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda received, frame: STOP.append(received))
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-        run = Path(c.out)
-        checkpoint.open_run(run, asdict(c), bool(c.resume))
-        train(c, run)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # counts travel on the CPU, gradients where they are
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        open_together(c, Path(c.out))
+        train(c, Path(c.out))
     except Stopped:
         print(f"stopped and saved; continue with --resume {c.out}", file=sys.stderr)
         return 130 if signal.SIGINT in STOP else 0
@@ -521,7 +531,7 @@ def main() -> int:
     code = run_once(sys.argv[1:])
     if status and code:
         Path(status, "code").write_text(str(code))
-    return 0 if status else code
+    return code if code == 1 or not status else 0  # a disk fails for one rank alone: torchrun has to end the others
 
 
 if __name__ == "__main__":

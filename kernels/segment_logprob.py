@@ -53,14 +53,18 @@ def scores(hidden, weight, row, column, D, ROWS: tl.constexpr, COLS: tl.constexp
 
 
 @triton.jit
-def online(tile, column, V, scale, top, total, moment):
+def padded(tile, column, V):
+    """Columns that are not there may not enter a sum: the zeros of the descriptor can dwarf all the rest."""
+    return tl.where((column + tl.arange(0, tile.shape[1]) < V)[None, :], tile, NEVER)
+
+
+@triton.jit
+def online(tile, scale, top, total, moment):
     """Folds half a tile of logits z into each row's running top, sum of 2^d and sum of 2^d d, with d = (z -
     top) scale. The difference comes first: it is exact at the top, so a confident row keeps its digits, in
     the entropy too, where no large numbers cancel."""
-    inside = column + tl.arange(0, tile.shape[1]) < V  # padding may not enter: exp(0) can dwarf all the rest
-    z = tl.where(inside[None, :], tile, NEVER)
-    new = tl.maximum(top, tl.max(z, 1))
-    below = (z - new[:, None]) * scale[:, None]
+    new = tl.maximum(top, tl.max(tile, 1))
+    below = (tile - new[:, None]) * scale[:, None]
     power = tl.exp2(below)
     drop = (top - new) * scale
     keep = tl.exp2(drop)
@@ -69,11 +73,10 @@ def online(tile, column, V, scale, top, total, moment):
 
 
 @triton.jit
-def pick(tile, column, target):
+def pick(tile, place):
     """The target's logit out of the accumulator that also enters the sum: a dot product of its own would
     round differently and make log-probs above 0."""
-    columns = column + tl.arange(0, tile.shape[1])
-    return tl.sum(tl.where(columns[None, :] == target[:, None], tile, 0.0), 1)
+    return tl.sum(tl.where(tl.arange(0, tile.shape[1])[None, :] == place[:, None], tile, 0.0), 1)
 
 
 @triton.jit
@@ -97,6 +100,7 @@ def forward_kernel(hidden, weight, targets, scales, tops, totals, moments, picke
     block, split = locate(tl.cdiv(N, ROWS), tl.cdiv(tl.cdiv(V, COLS), TILES), GROUP)
     row = block * ROWS
     rows = row + tl.arange(0, ROWS)
+    target = tl.load(targets + rows, rows < N, other=-1).to(tl.int32)
     scale = tl.load(scales + rows, rows < N, other=0.0)
     top = tl.full((ROWS,), NEVER, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
@@ -104,14 +108,16 @@ def forward_kernel(hidden, weight, targets, scales, tops, totals, moments, picke
     begin = split * TILES * COLS
     for column in range(begin, min(begin + TILES * COLS, V), COLS):
         left, right = scores(hidden, weight, row, column, D, ROWS, COLS, DEPTH, PRECISION)
-        target = tl.load(targets + rows, rows < N, other=-1).to(tl.int32)
-        here = (target >= column) & (target < column + COLS)
+        place = target - column
+        here = (place >= 0) & (place < COLS)
         # before the sums, or both halves would have to survive them. Four tiles in five hold no target at all
         if tl.max(here.to(tl.int32), 0) > 0:
-            hit = pick(left, column, target) + pick(right, column + COLS // 2, target)
-            tl.store(picked + rows, hit, here)
-        top, total, moment = online(left, column, V, scale, top, total, moment)
-        top, total, moment = online(right, column + COLS // 2, V, scale, top, total, moment)
+            tl.store(picked + rows, pick(left, place) + pick(right, place - COLS // 2), here)
+        if column + COLS > V:  # the last tile only: a comparison for each element is a tenth of the epilogue
+            left = padded(left, column, V)
+            right = padded(right, column + COLS // 2, V)
+        top, total, moment = online(left, scale, top, total, moment)
+        top, total, moment = online(right, scale, top, total, moment)
     slot = split.to(tl.int64) * N + rows
     tl.store(tops + slot, top, rows < N)
     tl.store(totals + slot, total, rows < N)
