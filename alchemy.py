@@ -175,13 +175,13 @@ def demonstrate(chain: list[str], rng: np.random.Generator) -> str:
 
 def demonstrations(n: int, tokenizer: Tokenizer, *counters: int) -> tuple[Tensor, Tensor]:
     """n demonstrations -> tokens [n, T], right-padded, and segment [n, T]: 0 on the response and its stop token, -1
-    elsewhere. One in ten is a conversation that was restarted, so that `reset` is no foreign tongue to the model."""
+    elsewhere. One in five is a conversation that was restarted, so that `reset` is no foreign tongue to the model."""
     rng = np.random.default_rng([2, *counters])
     tokens, segment = [], []
     for i in range(n):
         chain = draw_chain(rng, MIX[i % len(MIX)], False)
         messages = [{"role": "user", "content": request(chain).prompt}]
-        while rng.random() < 0.1:
+        while rng.random() < 0.2:
             messages += [{"role": "assistant", "content": OPEN + demonstrate(chain, rng)},
                          {"role": "user", "content": f"{RESTART} {messages[0]['content']}"}]
         prompt = tokenizer.encode(tokenizer.chat(messages) + OPEN, special=True)

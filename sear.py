@@ -61,7 +61,7 @@ class Config:
     device: str = knob("", "cpu or cuda; none: cuda where there is one")
     seed: int = knob(1, "of everything random: start model, requests, rollouts", low=0)
     # Sampling
-    steps: int = knob(180, "optimizer steps of RL", low=0)
+    steps: int = knob(220, "optimizer steps of RL", low=0)
     prompts_per_step: int = knob(32, "prompts of one step, over all ranks: more of them, less noise", low=1)
     group_size: int = knob(8, "rollouts of one prompt (G): the mean they are compared with is their own", low=2)
     max_new_tokens: int = knob(72, "thought and answer together; a longer rollout counts as malformed", low=1)
@@ -87,13 +87,13 @@ class Config:
     tokens_per_micro_batch: int = knob(8192, "padded tokens of one backward pass: memory only, no effect on the gradient",
                                        low=1)
     # Start model of the embedded world
-    warm_start_steps: int = knob(800, "supervised steps on demonstrations of a flawed model", low=0)
+    warm_start_steps: int = knob(900, "supervised steps on demonstrations of a flawed model", low=0)
     warm_start_batch: int = knob(32, "demonstrations a step: small ones learn the table with the fewest tokens", low=1)
     warm_start_rate: float = knob(3e-3, "peak learning rate of these steps", low=0)
     # What is kept
     eval_prompts: int = knob(200, "held-out requests of each class, before and after; 0: no evaluation", low=0)
-    save_every: int = knob(60, "steps between checkpoints; one is also written on SIGTERM, Ctrl-C and at the end", low=1)
-    show_every: int = knob(30, "steps between transcripts", low=1)
+    save_every: int = knob(55, "steps between checkpoints; one is also written on SIGTERM, Ctrl-C and at the end", low=1)
+    show_every: int = knob(40, "steps between transcripts", low=1)
 
 
 # A 1.5B checkpoint is another animal than a 0.25M toy; these are TARS's values (arXiv 2507.00971, section 3.3).
