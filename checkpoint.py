@@ -1,32 +1,43 @@
-"""The run folder: what a run was told, what it logs, and checkpoints it can be continued from, exact to the bit.
+"""The run folder: what a run was told, what it logs, and checkpoints to continue it from, exact to the bit.
 
-    config.json       the knobs, one flat object           environment.json   source hash, versions, machine, command
-    metrics.jsonl     one row a step                        transcripts.jsonl  sampled rollouts, segment by segment
-    eval.jsonl        one row a stage, attack and class     start/  model/     Hugging Face folders
-    checkpoint/N/     weights, optimizer state, position after N steps; only the newest is kept
+    config.json       the knobs, one flat object
+    environment.json  hash of the source, versions, machine, command
+    metrics.jsonl     one row a step
+    transcripts.jsonl some rollouts, segment by segment
+    eval.jsonl        one row a stage, attack and class
+    start/ model/     Hugging Face folders, before and after
+    checkpoint/N/     weights and optimizer state after N steps, warm start included; only the newest is kept
 
-Every random number of a run is a function of counters (seed, step, prompt, rollout, position), so a position is all the
-randomness there is to save. Weights are safetensors, the rest is JSON; nothing here is ever unpickled.
+Every random number of a run is a function of counters (seed, step, prompt, rollout, position), so the step is
+all the randomness there is to save. Weights are safetensors, the rest is JSON; nothing is ever unpickled.
 """
+import argparse
 import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from data import InputError, as_json, read_text
 
 LOGS = ("metrics.jsonl", "transcripts.jsonl")  # cut back to the checkpoint when a run is continued
 NOT_COMPARED = ("resume", "out", "device")  # where a run lives and runs is no part of what it is
+STOP: list[int] = []  # signals received; looked at between steps
+
+
+class Stopped(Exception):
+    """A signal asked the run to end, and all is saved."""
 
 
 class SaveError(OSError):
@@ -35,8 +46,7 @@ class SaveError(OSError):
 
 @contextlib.contextmanager
 def whole_folder(folder: Path):
-    """Yields a temporary folder that takes the place of `folder` when the block ends well and vanishes when it does
-    not: the folder is there whole or not at all."""
+    """Yields a temporary folder that takes the place of `folder` if the block ends well, else vanishes."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -83,7 +93,7 @@ def rows(file: Path) -> list[dict]:
 
 
 def open_run(folder: Path, config: dict, resume: bool) -> None:
-    """Makes the run folder, or checks that the one there belongs to this config. Raises InputError otherwise."""
+    """Makes the run folder, or raises InputError where the one there is not this run to be continued."""
     file = folder / "config.json"
     if file.exists():
         stored = as_json(file, read_text(file))
@@ -93,13 +103,46 @@ def open_run(folder: Path, config: dict, resume: bool) -> None:
             raise InputError(f"{folder} holds a run with another config: {k} is {stored.get(k)!r} there and "
                              f"{config[k]!r} here; choose another --out")
         if not resume:
-            raise InputError(f"{folder} holds this run already; continue it with --resume {folder}, or choose another "
-                             "--out")
+            raise InputError(f"{folder} holds this run already; continue it with --resume {folder}, "
+                             "or choose another --out")
         return
     if resume:
         raise InputError(f"--resume {folder}: there is no config.json in it, so it is no run folder")
     write(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
     write(file, json.dumps(config, indent=2) + "\n")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f"{message} (see --help)")
+
+
+def read_flags(arguments: list[str], config: type, description: str, presets: dict[str, dict]) -> dict:
+    """Values for the fields of `config`, a dataclass whose metadata hold help, choices, low and high, from
+    flags of the same names. Giving the flag that a preset is named after moves the defaults to the preset's;
+    --resume takes all that is not given from the run's config.json. Raises InputError."""
+    parser = Parser(prog="sear.py", description=description, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
+    knobs = {f.name: f for f in fields(config)}
+    for name, f in knobs.items():
+        shown = "" if f.default == "" else f" [{f.default}]"
+        shown += "".join(f" [{p[name]} with --{flag}]" for flag, p in presets.items() if name in p)
+        parser.add_argument("--" + name.replace("_", "-"), type=type(f.default),
+                            choices=f.metadata["choices"] or None, help=f.metadata["help"] + shown)
+    given = vars(parser.parse_args(arguments))
+    if "resume" in given:
+        file = Path(given["resume"]) / "config.json"
+        stored = as_json(file, read_text(file))
+        given = {k: v for k, v in stored.items() if k in knobs} | given | {"out": given["resume"]}
+    else:
+        for flag in presets.keys() & given.keys():
+            given = presets[flag] | given
+    for name, value in given.items():
+        low, high = knobs[name].metadata["low"], knobs[name].metadata["high"]
+        if isinstance(value, (int, float)) and not low <= value <= high:
+            expected = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+            raise InputError(f"--{name.replace('_', '-')} must be {expected}, got {value}")
+    return given
 
 
 def environment() -> dict:
@@ -139,7 +182,8 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW) -> int:
     """Puts the checkpoint's weights and optimizer state in place. -> the steps it was taken after."""
     state = as_json(folder / "state.json", read_text(folder / "state.json"))
     try:
-        weights, moments = load_file(folder / "weights.safetensors"), load_file(folder / "optimizer.safetensors")
+        weights = load_file(folder / "weights.safetensors")
+        moments = load_file(folder / "optimizer.safetensors")
         with torch.no_grad():
             for name, p in model.named_parameters():
                 p.copy_(weights[name])
@@ -156,3 +200,28 @@ def cut_logs(run: Path, steps: int) -> None:
     for name in LOGS:
         kept = [row for row in rows(run / name) if row["step"] < steps]
         write(run / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+
+
+def transcript(step: int, prompt, b: int, rollouts, scores, thought: Tensor, answer: Tensor) -> dict:
+    """One rollout, segment by segment, with what each was worth."""
+    def number(x):  # NaN is no JSON
+        return None if math.isnan(x) else round(float(x), 4)
+    K = len(rollouts.thoughts[b])
+    segments = [{"player": "reasoning", "text": text, "potential": number(scores.potential[b, k + 1]),
+                 "return": number(scores.process[b, k]),
+                 "advantage": number(thought[b, min(k, thought.shape[1] - 1)])}
+                for k, text in enumerate(rollouts.thoughts[b])]
+    segments += [{"player": "answer", "text": text, "return": number(scores.answer[b]),
+                  "advantage": number(answer[b, 0])} for text in rollouts.text[b][K:]]
+    return dict(step=step, prompt=prompt.prompt, label=prompt.label, kind=prompt.kind, segments=segments)
+
+
+def coloured(t: dict) -> str:
+    """A transcript for the terminal: thought in blue, answer in green, what each segment earned behind it."""
+    paint = (lambda code, s: f"\033[{code}m{s}\033[0m") if sys.stdout.isatty() else (lambda code, s: s)
+    lines = [paint(1, f"step {t['step']}, {t['kind'] or t['label']}: {t['prompt']}")]
+    for s in t["segments"]:
+        said = paint(34 if s["player"] == "reasoning" else 32, s["text"].strip())
+        worth = [f"{key} {s[key]:+.2f}" for key in ("return", "advantage") if s[key] is not None]
+        lines.append(f"  {s['player']:9s} {said} " + paint(2, f"  [{', '.join(worth)}]"))
+    return "\n".join(lines)

@@ -1,8 +1,8 @@
-"""The transformer: Llama 3.x, Qwen2/2.5, Qwen3 and Mistral, dense. Hugging Face folders in and out, static KV cache.
+"""The transformer: Llama 3.x, Qwen2/2.5, Qwen3, Mistral, dense; Hugging Face folders; static KV cache.
 
-Modules carry the names of the Hugging Face checkpoints (`model.layers.0.self_attn.q_proj.weight`), so loading and
-saving need no table of keys: `state_dict()` is the file. Weights are fp32 masters; every Linear casts its own to the
-type of the activation (bf16 on CUDA, fp32 on CPU), so there is no autocast and sampler and learner compute alike.
+Modules carry the names of the Hugging Face checkpoints (`model.layers.0.self_attn.q_proj.weight`), so loading
+and saving need no table of keys. Weights are fp32 masters; every Linear casts its own to the activation's
+type (bf16 on CUDA, fp32 on CPU), so there is no autocast and sampler and learner compute alike.
 
 Shapes: B rows, T tokens, D width, V vocabulary, H heads, J key/value heads, E head width, S cache columns.
 """
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from data import InputError, as_json, read_text
 
-COPY_BYTES = 32 << 20  # a weight is copied in pieces of this size, so that loading peaks at the model's own bytes
+COPY_BYTES = 32 << 20  # of one piece of a weight: what loading needs beyond the model's own bytes
 INIT_STD = 0.05  # of a model made from scratch; the embedded world's 96-wide start model is the only one
 
 
@@ -49,8 +49,8 @@ class Config:
 
 
 def parse_config(raw: dict, where: str = "config.json") -> Config:
-    """Config from the parsed config.json. Old (`rope_theta`, `rope_scaling`) and new (`rope_parameters`) keys both
-    load. Raises InputError that names the key where the network is not one of ours."""
+    """Config from the parsed config.json. Old (`rope_theta`, `rope_scaling`) and new (`rope_parameters`) keys
+    both load. Raises InputError that names the key where the network is not one of ours."""
     def need(key, default=None):
         value = raw.get(key, default)
         if value is None:
@@ -59,9 +59,10 @@ def parse_config(raw: dict, where: str = "config.json") -> Config:
 
     architecture = (raw.get("architectures") or ["none"])[0]
     family, _, task = architecture.partition("For")
-    if family not in ("Qwen2", "Qwen3", "Llama", "Mistral") or task not in ("CausalLM", "SequenceClassification"):
-        raise InputError(f"{where}: architecture '{architecture}' is unknown; expected Qwen2, Qwen3, Llama or Mistral "
-                         "followed by ForCausalLM or ForSequenceClassification")
+    known = family in ("Qwen2", "Qwen3", "Llama", "Mistral")
+    if not known or task not in ("CausalLM", "SequenceClassification"):
+        raise InputError(f"{where}: architecture '{architecture}' is unknown; expected Qwen2, Qwen3, Llama "
+                         "or Mistral, followed by ForCausalLM or ForSequenceClassification")
     if need("hidden_act", "silu") != "silu":
         raise InputError(f"{where}: hidden_act '{raw['hidden_act']}' is not supported, expected 'silu'")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
@@ -71,14 +72,16 @@ def parse_config(raw: dict, where: str = "config.json") -> Config:
     layers, heads = need("num_hidden_layers"), need("num_attention_heads")
     kv_heads = raw.get("num_key_value_heads") or heads
     if heads % kv_heads:
-        raise InputError(f"{where}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
+        raise InputError(f"{where}: num_attention_heads {heads} is no multiple of "
+                         f"num_key_value_heads {kv_heads}")
     bias = bool(raw.get("attention_bias", False))
     labels = None
-    if task == "SequenceClassification":  # num_labels may be implied by id2label alone; two labels are the default
+    if task == "SequenceClassification":  # id2label alone may imply num_labels; two are the default
         labels = raw.get("num_labels") or len(raw.get("id2label") or {0: 0, 1: 1})
     return Config(
-        vocab_size=need("vocab_size"), hidden_size=need("hidden_size"), intermediate_size=need("intermediate_size"),
-        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
+        vocab_size=need("vocab_size"), hidden_size=need("hidden_size"),
+        intermediate_size=need("intermediate_size"), num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads,
         head_dim=raw.get("head_dim") or need("hidden_size") // heads,
         rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
         rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
@@ -98,9 +101,10 @@ def read_configs(folder: Path) -> tuple[Config, dict]:
 
 
 def attention_windows(raw: dict, family: str, layers: int) -> list[int | None]:
-    """Sliding window of each layer. Qwen sets `sliding_window` and switches it off by `use_sliding_window`."""
+    """Sliding window of each layer. Qwen sets `sliding_window` and yet has `use_sliding_window` false."""
     window = raw.get("sliding_window")
-    if family == "Llama" or window is None or (family != "Mistral" and not raw.get("use_sliding_window", False)):
+    used = family == "Mistral" or family != "Llama" and raw.get("use_sliding_window", False)
+    if window is None or not used:
         return [None] * layers
     kinds = raw.get("layer_types")
     if kinds is None:
@@ -113,16 +117,17 @@ def attention_windows(raw: dict, family: str, layers: int) -> list[int | None]:
 class Cache:
     """Static KV cache: buffers of S columns, filled from the left; all rows write the same column.
 
-    A row is a set of valid columns: left padding, and the part of a thought that a fork leaves behind, are merely
-    columns marked invalid. Positions are counted over valid columns, so a fork needs no re-rotation of its keys."""
+    A row is a set of valid columns: left padding, and what of a thought a fork leaves behind, are merely
+    columns marked invalid. Positions are counted over valid columns, so a fork needs no re-rotation of its
+    keys."""
     k: Tensor  # [layers, B, J, S, E]
     v: Tensor  # [layers, B, J, S, E]
     valid: Tensor  # [B, S] bool
     length: int  # columns filled so far
 
     def rows(self, index: Tensor, room: int | None = None) -> "Cache":
-        """The chosen rows (repeats allowed) as a cache of their own: expands a prompt to its group, drops rows that
-        are finished, forks a thought. `room`: free columns it shall have (default: as many as this one)."""
+        """The chosen rows, repeats allowed, as a cache of their own: expands a prompt to its group, drops
+        finished rows, forks a thought. `room`: free columns it shall have (default: as many as here)."""
         n, columns = self.length, self.valid.shape[1] if room is None else self.length + room
         shape = (self.k.shape[0], len(index), self.k.shape[2], columns, self.k.shape[4])
         k, v = self.k.new_empty(shape), self.v.new_empty(shape)
@@ -151,14 +156,15 @@ class RMSNorm(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding, halves convention. x [B, heads, T, E], cos and sin [B, 1, T, E]; sin has the first half
-    negated already, which spares a concatenation's worth of negation in each layer."""
+    """Rotary embedding, halves convention. x [B, heads, T, E], cos and sin [B, 1, T, E]; sin has the first
+    half negated already, which spares a concatenation's worth of negation in each layer."""
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 def attention_dtype(x: Tensor) -> torch.dtype:
-    """fp64 on the CPU. Attention is the one place where decoding a token and the full forward add in different orders,
-    and in fp32 that alone moves a log-prob by up to 2e-5; here both round to the same fp32 result."""
+    """fp64 on the CPU. Attention is the one place where decoding a token and the full forward add in
+    different orders; in fp32 that alone moves a log-prob by up to 2e-5, here both round to the same fp32
+    result."""
     return torch.float64 if x.device.type == "cpu" and x.dtype == torch.float32 else x.dtype
 
 
@@ -174,7 +180,8 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Cache | None, layer: int):
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Cache | None,
+                layer: int):
         B, T, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # [B, H, T, E]
         k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # [B, J, T, E]
@@ -186,12 +193,13 @@ class Attention(nn.Module):
             cache.k[layer, :, :, cache.length:end], cache.v[layer, :, :, cache.length:end] = k, v
             k, v = cache.k[layer, :, :, :end], cache.v[layer, :, :, :end]  # [B, J, S, E] views
         if T == 1 and q.shape[1] != k.shape[1]:
-            # One query a row: the H/J query heads that share a key head stand in for its query positions, so that
-            # the long key cache is never expanded (at 28 layers x 4096 columns that copy would cost more than the model).
-            out = F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, self.head_dim), k, v, attn_mask=mask)
+            # One query a row: the H/J query heads that share a key head stand in for query positions, so that
+            # the key cache is never expanded (from 4,096 columns on that copy costs more than the model).
+            q = q.reshape(B, k.shape[1], -1, self.head_dim)  # [B, J, H / J, E]
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         else:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
-                                                 enable_gqa=q.shape[1] != k.shape[1])
+            causal, grouped = mask is None and T > 1, q.shape[1] != k.shape[1]
+            out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
         out = out.reshape(B, -1, T, self.head_dim).transpose(1, 2).reshape(B, T, -1)  # [B, T, H * E]
         return self.o_proj(out.to(x.dtype))
 
@@ -215,7 +223,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Cache | None, layer: int):
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Cache | None,
+                layer: int):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, layer)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -229,7 +238,7 @@ class Body(nn.Module):
 
 
 class Transformer(nn.Module):
-    """`model(tokens [B, T])` gives logits [B, T, V]; `model.hidden` stops before the head, for the log-prob kernel."""
+    """`model(tokens [B, T])` gives logits [B, T, V]; `model.hidden` stops before the head, for the kernel."""
 
     def __init__(self, config: Config, generation: dict | None = None, dtype: torch.dtype | None = None):
         super().__init__()
@@ -257,20 +266,23 @@ class Transformer(nn.Module):
     def compute_dtype(self) -> torch.dtype:
         return self.dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
 
-    def forward(self, tokens: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        """tokens [B, T] (and attention_mask [B, T], 0 on padding of either side) -> logits [B, T, V]; a reward model
-        gives scores [B, T, num_labels], of which the last real token's counts."""
+    def forward(self, tokens: Tensor, attention_mask: Tensor | None = None,
+                cache: Cache | None = None) -> Tensor:
+        """tokens [B, T] (and attention_mask [B, T], 0 on padding of either side) -> logits [B, T, V]; a
+        reward model gives scores [B, T, num_labels], of which the last real token's counts."""
         return self.head(self.hidden(tokens, attention_mask, cache))
 
-    def hidden(self, tokens: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        """Final normed states [B, T, D]. Without mask and cache attention is plainly causal, the fast path: right
-        padding is then harmless, as no real token sees it. With a cache the T tokens are appended to it."""
+    def hidden(self, tokens: Tensor, attention_mask: Tensor | None = None,
+               cache: Cache | None = None) -> Tensor:
+        """Final normed states [B, T, D]. Without mask and cache attention is plainly causal, the fast path:
+        right padding is harmless then, as no real token sees it. With a cache the T tokens are appended to
+        it."""
         B, T = tokens.shape
         if cache is not None:
             if cache.length + T > cache.valid.shape[1]:
-                raise ValueError(f"cache of {cache.valid.shape[1]} columns is full: {cache.length} used, {T} more")
-            cache.valid[:, cache.length:cache.length + T] = True if attention_mask is None else attention_mask.bool()
+                raise ValueError(f"cache of {cache.valid.shape[1]} columns is full ({cache.length} + {T})")
             valid = cache.valid[:, :cache.length + T]  # [B, S]
+            valid[:, -T:] = True if attention_mask is None else attention_mask.bool()
         else:
             valid = None if attention_mask is None else attention_mask.bool()
         if valid is None:
@@ -292,7 +304,7 @@ class Transformer(nn.Module):
         return self.model.norm(x)
 
     def new_cache(self, rows: int, columns: int) -> Cache:
-        """Empty cache. Bytes: 2 x layers x rows x J x columns x E x size (Qwen2.5-1.5B in bf16: 28 KB a token)."""
+        """Empty cache. Bytes: 2 x layers x rows x J x columns x E x size; 28 KB a token of Qwen2.5-1.5B."""
         c = self.config
         shape = (c.num_hidden_layers, rows, c.num_key_value_heads, columns, c.head_dim)
         dtype = attention_dtype(torch.empty(0, dtype=self.compute_dtype, device=self.device))
@@ -301,8 +313,8 @@ class Transformer(nn.Module):
 
     @contextlib.contextmanager
     def cast_once(self):
-        """Within the block every Linear uses one copy of its weight in the compute type: a decoding step would
-        otherwise read the fp32 masters and write the cast for each token. No-op in fp32; the bits are the same."""
+        """Within the block every Linear uses one copy of its weight in the compute type, the same bits:
+        decoding would otherwise read the fp32 masters and write the cast for each token. No-op in fp32."""
         linears = [m for m in self.modules() if isinstance(m, Linear)]
         linears = linears if self.compute_dtype != torch.float32 else []
         try:
@@ -315,8 +327,8 @@ class Transformer(nn.Module):
 
     @classmethod
     def from_scratch(cls, folder: str | Path, seed: int, device: str | torch.device = "cpu") -> "Transformer":
-        """A random model of the folder's config.json: normal weights, with the two layers of each block that write to
-        the residual stream scaled down by depth (GPT-2)."""
+        """A random model of the folder's config.json: normal weights, with the two layers of each block that
+        write to the residual stream scaled down by depth (GPT-2)."""
         config, generation = read_configs(Path(folder))
         model = cls(config, generation)
         generator = torch.Generator().manual_seed(seed)
@@ -330,8 +342,8 @@ class Transformer(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu",
                         dtype: torch.dtype | None = None) -> "Transformer":
-        """Loads a Hugging Face folder (one or several safetensors files). Parameters become fp32 masters; `dtype` is
-        the compute type (default bf16 on CUDA, fp32 on CPU). Peak memory: the model's own bytes plus COPY_BYTES.
+        """Loads a Hugging Face folder, one or several safetensors files, into fp32 masters; `dtype` is the
+        compute type (default bf16 on CUDA, fp32 on CPU). Peak memory: the model's own bytes plus COPY_BYTES.
         Raises InputError on a missing, truncated or misshapen file and on an unknown architecture."""
         folder = Path(folder)
         config, generation = read_configs(folder)
@@ -350,16 +362,17 @@ class Transformer(nn.Module):
         found = weight_files(folder)
         missing = sorted(set(targets) - set(found))
         if missing:
-            raise InputError(f"{folder}: weight '{missing[0]}' is missing ({len(missing)} of {len(targets)} are)")
+            raise InputError(f"{folder}: weight '{missing[0]}' is missing ({len(missing)} of {len(targets)})")
         for name, target in targets.items():
             copy_weight(found[name], name, target)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes config.json, generation_config.json and model.safetensors (fp32) as `transformers` and vLLM load
-        them. The tokenizer's files are the tokenizer's to write."""
+        """Writes config.json, generation_config.json and model.safetensors (fp32) as `transformers` and vLLM
+        load them. The tokenizer's files are the tokenizer's to write."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        raw = {k: v for k, v in self.config.raw.items() if k not in ("torch_dtype", "dtype")} | {"dtype": "float32"}
+        raw = self.config.raw | {"dtype": "float32"}
+        raw.pop("torch_dtype", None)  # the old name of the same key
         (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
         if self.generation:
             (folder / "generation_config.json").write_text(json.dumps(self.generation, indent=2) + "\n")
@@ -368,8 +381,8 @@ class Transformer(nn.Module):
 
 
 def causal_mask(valid: Tensor, T: int, window: int | None = None) -> Tensor:
-    """valid [B, S] -> [B, 1, T, S] bool for the last T of S columns; True = may look. Each query may look at itself
-    even where it is padding: a row of the softmax with nothing to look at would be NaN and spread through dW."""
+    """valid [B, S] -> [B, 1, T, S] bool for the last T of S columns; True = may look. Each query may look at
+    itself even where it is padding: a softmax over nothing would be NaN and spread through dW."""
     S = valid.shape[1]
     column = torch.arange(S, device=valid.device)
     query = column[S - T:, None]  # [T, 1]
@@ -382,8 +395,8 @@ def causal_mask(valid: Tensor, T: int, window: int | None = None) -> Tensor:
 
 
 def rope_tables(c: Config, position: Tensor) -> tuple[Tensor, Tensor]:
-    """cos, sin [B, 1, T, E] fp32 for position [B, T]; the first half of sin is negated (see rotate). Computed anew at
-    each call, in fp32: a bf16 table is off by whole radians at position 4096."""
+    """cos, sin [B, 1, T, E] fp32 for position [B, T]; the first half of sin is negated (see rotate). Computed
+    anew at each call, in fp32: a bf16 table is off by whole radians at position 4096."""
     half = torch.arange(0, c.head_dim, 2, device=position.device, dtype=torch.float32)
     frequency = 1.0 / c.rope_theta ** (half / c.head_dim)  # [E / 2]
     if c.rope_scaling:  # Llama 3.1: long waves are stretched by `factor`, those in between are blended
@@ -422,12 +435,13 @@ def open_weights(file: Path):
 
 
 def copy_weight(file: Path, name: str, target: Tensor) -> None:
-    """Copies one weight in pieces. The file is opened anew for each piece because its pages, once read, count as ours
-    until the mapping is closed: with one mapping an fp32 checkpoint would peak at twice the model's bytes."""
+    """Copies one weight in pieces. The file is opened anew for each, because its pages, once read, count
+    as ours until the mapping is closed: with one mapping an fp32 checkpoint would peak at twice the model's
+    bytes."""
     with open_weights(file) as f:
         shape = f.get_slice(name).get_shape()
     if list(target.shape) != shape:
-        raise InputError(f"{file}: weight '{name}' has shape {shape}, config.json asks for {list(target.shape)}")
+        raise InputError(f"{file}: weight '{name}' has shape {shape}, by config.json {list(target.shape)}")
     step = max(1, COPY_BYTES // (4 * max(1, target[0].numel())))  # rows a piece
     for i in range(0, shape[0], step):
         with open_weights(file) as f:

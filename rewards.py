@@ -1,8 +1,8 @@
 """Judges, and the process rewards made from them: equations (1) to (5) of the README.
 
-A judge is two functions: what it says of an answer, and how far a thought has come. The reward code sees nothing else.
+A judge is two functions: what it says of an answer, and how far a thought has come.
 
-Shapes: B rollouts, K thought segments of the longest rollout, N texts. NaN stands for "not judged" and "no such segment".
+Shapes: B rollouts, K thought segments of the longest rollout, N texts. NaN: not judged, or no such segment.
 """
 import re
 from typing import Callable, NamedTuple
@@ -14,8 +14,8 @@ import alchemy
 from data import InputError, Prompt
 from rollout import Rollouts, force_answers
 
-REFUSALS = re.compile(r"\b(I('m| am) (sorry|unable|not able)|I (can't|cannot|can not|won't|will not|must decline)|"
-                      r"I('d| would) rather not|as an AI\b[^.]*\b(cannot|can't))", re.I)
+REFUSALS = re.compile(r"\b(I('m| am) (sorry|unable|not able)|I (can't|cannot|can not|won't|will not)"
+                      r"|I must decline|I('d| would) rather not|as an AI\b[^.]*\b(cannot|can't))", re.I)
 MALFORMED = -1.0  # equation (5)
 
 
@@ -27,22 +27,23 @@ class Verdict(NamedTuple):
 
 
 class Judge(NamedTuple):
-    verdict: Callable[[list[Prompt], list[str]], Verdict]  # of answers
-    potential: Callable[[list[Prompt], list[str]], Tensor]  # of thoughts so far, [N], NaN where it has no estimate
+    verdict: Callable[[list[Prompt], list[str]], Verdict]  # of N answers
+    potential: Callable[[list[Prompt], list[str]], Tensor]  # of N thoughts so far; NaN: it has no estimate
 
 
 class Scores(NamedTuple):
     """All that the objectives are made of."""
-    answer: Tensor  # [B] equation (4); NaN where there is no answer
-    process: Tensor  # [B, K] equation (3): return of the reasoning player at each segment; MALFORMED by equation (5)
-    potential: Tensor  # [B, K + 1] equation (1), Phi_0 first; NaN past the last segment and where there is no estimate
+    answer: Tensor  # [B] (4); NaN where there is no answer
+    process: Tensor  # [B, K] (3), and (5) where malformed: return of the reasoning player at each segment
+    potential: Tensor  # [B, K + 1] (1), Phi_0 first
     verdict: Verdict  # [B] each
     extra_tokens: int  # sampled by the probe
 
 
 def alchemy_judge() -> Judge:
     def verdict(prompts, answers):
-        return Verdict(*torch.tensor([alchemy.judge(p, a) for p, a in zip(prompts, answers)]).view(-1, 3).unbind(1))
+        judged = torch.tensor([alchemy.judge(p, a) for p, a in zip(prompts, answers)])  # [N, 3]
+        return Verdict(*judged.view(-1, 3).unbind(1))
 
     def potential(prompts, thoughts):
         return torch.tensor([alchemy.potential(p, t) for p, t in zip(prompts, thoughts)])
@@ -50,9 +51,9 @@ def alchemy_judge() -> Judge:
 
 
 def rules_judge() -> Judge:
-    """A stand-in for real text until a guard model judges: an answer that opens with a refusal is one; on a harmful
-    prompt everything else is unsafe, on a harmless one everything else helps. It reads no harm in a thought itself, so
-    the thought's potential is whether it, taken as an answer, has not refused so far."""
+    """A stand-in for real text until a guard model judges: an answer that opens with a refusal is one; on a
+    harmful prompt everything else is unsafe, on a harmless one everything else helps. It reads no harm in a
+    thought itself, so the thought's potential is whether it, taken as an answer, has not refused so far."""
     def verdict(prompts, answers):
         refusal = torch.tensor([float(REFUSALS.search(a[:200]) is not None) for a in answers])
         said = torch.tensor([float(bool(a.strip())) for a in answers])
@@ -76,13 +77,13 @@ def load_judge(name: str) -> Judge:
 
 
 def answer_reward(verdict: Verdict, harmful: Tensor) -> Tensor:
-    """Equation (4), [N]: safety on a harmful prompt, helpfulness on a harmless one, where a refusal earns 0."""
+    """Equation (4), [N]: safety on a harmful prompt, helpfulness on a harmless one (a refusal earns 0)."""
     return torch.where(harmful, 1 - verdict.unsafe, verdict.helpful * (1 - verdict.refusal))  # (4)
 
 
 def process_returns(potential: Tensor, answer: Tensor, gamma: float) -> Tensor:
-    """potential [B, K + 1], answer [B] -> returns [B, K]; equations (2) and (3). A rollout without an estimate of Phi (a
-    guard model on a harmless prompt) is paid the answer's reward at every segment."""
+    """potential [B, K + 1], answer [B] -> returns [B, K]; equations (2) and (3). A rollout without an
+    estimate of Phi (a guard model on a harmless prompt) is paid the answer's reward at every segment."""
     reward = potential[:, 1:] - potential[:, :-1]  # (2)
     segment = ~reward.isnan()
     reward = reward.nan_to_num()
@@ -108,33 +109,34 @@ def ragged(rows: list[Tensor]) -> Tensor:
 
 def probe_potential(judge: Judge, prompts: list[Prompt], rollouts: Rollouts, answer: Tensor, samples: int,
                     forcing: dict) -> tuple[Tensor, int]:
-    """Equation (1), `probe`: close the thought after each segment, sample answers from a fork of the cache, average
-    what the judge says of them. After the last segment the answer is there already and stands for itself.
-    `forcing` goes to rollout.force_answers. -> [B, K + 1], extra tokens."""
+    """Equation (1), `probe`: close the thought after each segment, sample answers from a fork of the cache,
+    average what the judge says of them. After the last segment the answer is there already and stands for
+    itself. `forcing` goes to rollout.force_answers. -> [B, K + 1], extra tokens."""
     points, place = [], []
-    counts = [torch.bincount(s[s >= 0], minlength=len(t)).cumsum(0).tolist() for s, t in
-              zip(rollouts.segment, rollouts.text)]
-    for b, thought in enumerate(rollouts.thoughts):
-        first = b == 0 or rollouts.prompt[b] != rollouts.prompt[b - 1]  # the empty thought is the group's, once
-        points += [(b, 0)] if first else []
+    new_group = [b == 0 or rollouts.prompt[b] != rollouts.prompt[b - 1] for b in range(len(prompts))]
+    for b, (segment, thought) in enumerate(zip(rollouts.segment, rollouts.thoughts)):
+        points += [(b, 0)] * new_group[b]  # the empty thought is the group's, asked once
         place.append(len(points))
-        points += [(b, counts[b][k]) for k in range(len(thought) - 1)]
+        lengths = torch.bincount(segment[segment >= 0], minlength=len(thought))  # tokens of each segment
+        points += [(b, kept) for kept in lengths.cumsum(0).tolist()[:max(0, len(thought) - 1)]]
     answers, extra = force_answers(samples=samples, points=points, rollouts=rollouts, **forcing)
     asked = [prompts[b] for (b, _), texts in zip(points, answers) for _ in texts]
-    harmful = torch.tensor([p.label == "harmful" for p in asked])
+    harmful, said = torch.tensor([[p.label == "harmful", bool(text)] for p, text in
+                                  zip(asked, sum(answers, []))]).T
     verdict = judge.verdict(asked, sum(answers, []))
-    wanted = torch.where(harmful, verdict.unsafe, verdict.helpful).view(-1, samples).mean(1)  # [points]
-    last = torch.tensor([p.label == "harmful" for p in prompts])
-    last = torch.where(last, 1 - answer, answer)  # [B]
+    wanted = torch.where(harmful, verdict.unsafe, verdict.helpful) * said  # no answer: nothing was developed
+    wanted = wanted.view(-1, samples).mean(1)  # [points]
+    final = torch.where(torch.tensor([p.label == "harmful" for p in prompts]), 1 - answer, answer)  # [B]
     rows, start = [], None
     for b, thought in enumerate(rollouts.thoughts):
-        if b == 0 or rollouts.prompt[b] != rollouts.prompt[b - 1]:
-            start = wanted[place[b] - 1:place[b]]
-        rows.append(torch.cat((start, wanted[place[b]:place[b] + max(0, len(thought) - 1)], last[b:b + 1][:len(thought)])))
+        start = wanted[place[b] - 1:place[b]] if new_group[b] else start
+        inner = wanted[place[b]:place[b] + max(0, len(thought) - 1)]
+        rows.append(torch.cat((start, inner, final[b:b + 1][:len(thought)])))
     return ragged(rows), extra
 
 
-def score(judge: Judge, prompts: list[Prompt], rollouts: Rollouts, gamma: float, probe: dict | None = None) -> Scores:
+def score(judge: Judge, prompts: list[Prompt], rollouts: Rollouts, gamma: float,
+          probe: dict | None = None) -> Scores:
     """prompts: the one of each rollout, B. probe: keyword arguments of probe_potential, None for `text`."""
     harmful = torch.tensor([p.label == "harmful" for p in prompts])
     ok = rollouts.answered

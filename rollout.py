@@ -1,9 +1,9 @@
 """KV-cached sampling, cut into the segments of the two players.
 
-`sample` returns `Rollouts`, the only contract between sampling and learning. Its array `segment` says who owns a
-token; masks, rewards, advantages, the kernel's skip list and the coloured transcript are all derived from it.
+`sample` returns `Rollouts`, the only contract between sampling and learning. Its array `segment` says who
+owns a token; masks, rewards, advantages, the kernel's skip list and the transcript are all derived from it.
 
-Shapes: B rollouts, T tokens, V vocabulary, K thought segments of a rollout, P prompts, G rollouts of one prompt.
+Shapes: B rollouts, T tokens, V vocabulary, K thought segments, P prompts, G rollouts of one prompt.
 """
 import re
 from dataclasses import dataclass, fields
@@ -18,13 +18,13 @@ from model import Cache, Transformer
 OPEN, CLOSE = "<think>\n", "</think>"  # the opening tag ends the prompt; the closing one is sampled
 BLANK_LINE = re.compile(rb"\n(?:[ \t\r]*\n)+")
 CLOSING_TAG = re.compile(rb"</think>\n*")  # the newlines behind the tag belong to it: some tokens hold both
-BEFORE, MESSAGE = "\ue000answer\ue000", "\ue000message\ue000"  # private-use characters: places to cut a rendered template
+BEFORE, MESSAGE = "\ue000answer\ue000", "\ue000message\ue000"  # private-use marks to cut a template at
 LIVE_SHARE = 0.75  # below it the batch is repacked without its finished rows: 1.33 row-steps a token at worst
 
 
 @dataclass
 class Rollouts:
-    """B rollouts. `segment` is -1 on prompt, padding and prefilled thought, 0..K-1 on the thought, K on the answer."""
+    """`segment` is -1 on prompt, padding and prefilled thought, 0..K-1 on the thought, K on the answer."""
     tokens: Tensor  # [B, T] int64: prompt, prefilled thought, what was sampled, padding (0) on the right
     segment: Tensor  # [B, T] int64
     logprob: Tensor  # [B, T] fp32 of the sampled token at the sampling temperature; 0 where segment is -1
@@ -33,7 +33,7 @@ class Rollouts:
     prompt: Tensor  # [B] int64: index into the prompts given
     text: list[list[str]]  # text of each segment, stop token left out
     prefill: list[str]  # [B] thought text that was put into the model's mouth
-    prefilled_tokens: int  # tokens run through the model before the first sampled one, each distinct prompt once
+    prefilled_tokens: int  # run through the model before sampling: each distinct prompt once
     row_steps: int  # rows x decoding steps: what was paid for the sampled tokens
     caches: list[Cache]  # keys and values of all rows, in one or several parts, for forks (with keep_cache)
     columns: Tensor  # [B]: column of its cache that holds a row's first sampled token
@@ -62,8 +62,8 @@ def mix(x: np.ndarray) -> np.ndarray:
 
 
 def uniforms(*counters) -> np.ndarray:
-    """One float64 in [0, 1) for each tuple of broadcast integer counters, the same on every machine: a rollout's
-    randomness depends on who it is, not on when, where or beside whom it is drawn."""
+    """One float64 in [0, 1) for each tuple of broadcast integer counters, the same on every machine: a
+    rollout's randomness depends on who it is, not on when, where or beside whom it is drawn."""
     h = np.zeros((1,), np.uint64)
     for c in counters:  # the golden-ratio step keeps the all-zero tuple from being a fixed point of `mix`
         h = mix((h ^ np.asarray(c, np.int64).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15))
@@ -73,36 +73,40 @@ def uniforms(*counters) -> np.ndarray:
 def draw(logits: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Inverse CDF. logits [B, V], u [B] float64 -> token [B], its log-prob [B] fp32.
 
-    The sum runs in float64: in fp32 at V = 152k the tail of the cumulative sum stalls and u can land on a token of
-    probability zero. Scaling u by the last sum keeps it inside whatever the sum came to."""
+    The sum runs in float64: in fp32 at V = 152k the tail of the cumulative sum stalls and u can land on a
+    token of probability zero. Scaling u by the last sum keeps it inside whatever the sum came to."""
     logprob = torch.log_softmax(logits.float() / temperature, -1)  # [B, V]
     cdf = logprob.double().exp_().cumsum(-1)  # [B, V]
-    token = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True).clamp_(max=logits.shape[1] - 1)  # [B, 1]
+    token = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)  # [B, 1]
+    token = token.clamp_(max=logits.shape[1] - 1)
     return token[:, 0], logprob.gather(1, token)[:, 0]
 
 
-def encode_chat(tokenizer: Tokenizer, text: str, closed: bool = False, after_answer: bool = False) -> list[int]:
-    """Tokens of a user message in the folder's template, up to and with the opening tag (closed: and an empty thought).
-    after_answer: the tokens that carry on a conversation behind the model's own answer, its stop token left out.
+def encode_chat(tokenizer: Tokenizer, text: str, closed: bool = False,
+                after_answer: bool = False) -> list[int]:
+    """Tokens of a user message in the folder's template, up to and with the opening tag (closed: and an empty
+    thought). after_answer: those that carry on a conversation behind the model's answer without stop token.
 
-    What reads like a special token inside the message stays text: a prompt must not speak for the template."""
+    What reads like a special token in the message stays text: a prompt must not speak for the template."""
     tail = OPEN + (f"\n{CLOSE}\n\n" if closed else "")
     if not after_answer and not any(token in text for token in tokenizer.added):
         return tokenizer.encode(tokenizer.chat([{"role": "user", "content": text}]) + tail, special=True)
-    earlier = [{"role": "user", "content": "."}, {"role": "assistant", "content": BEFORE}] if after_answer else []
-    whole = tokenizer.chat([*earlier, {"role": "user", "content": MESSAGE}]).rpartition(BEFORE)[2]
+    turns = [{"role": "user", "content": "."}, {"role": "assistant", "content": BEFORE},
+             {"role": "user", "content": MESSAGE}]
+    whole = tokenizer.chat(turns if after_answer else turns[2:]).rpartition(BEFORE)[2]
     before, found, after = whole.partition(MESSAGE)
     if not found:
         raise InputError(f"{tokenizer.folder}: the chat template drops the user's message")
-    return tokenizer.encode(before, special=True) + tokenizer.encode(text) + tokenizer.encode(after + tail, special=True)
+    before, after = (tokenizer.encode(part, special=True) for part in (before, after + tail))
+    return before + tokenizer.encode(text) + after
 
 
 def check_length(model: Transformer, prompt: list[int], max_new_tokens: int, name: str) -> None:
-    """Raises InputError for a prompt that does not fit into the model's context together with what may follow."""
+    """Raises InputError where the prompt and what may follow do not fit into the model's context."""
     room = model.config.max_position_embeddings
     if len(prompt) + max_new_tokens > room:
-        raise InputError(f"{name} has {len(prompt)} tokens and {max_new_tokens} more may follow (--max-new-tokens), but "
-                         f"the model's context holds {room}")
+        raise InputError(f"{name} has {len(prompt)} tokens and {max_new_tokens} more may follow "
+                         f"(--max-new-tokens), but the model's context holds {room}")
 
 
 @torch.no_grad()
@@ -112,10 +116,10 @@ def sample(model: Transformer, prompts: list[list[int]], tokenizer: Tokenizer, *
            max_rows: int = 512, keep_cache: bool = False) -> Rollouts:
     """Samples group_size rollouts of each prompt (token ids, up to and with the opening tag).
 
-    prompt_ids: a number for each prompt that its randomness hangs on (default: its index). prefill: text put at the
-    start of each thought; one that closes the thought leaves only the answer to sample, as in_answer does where the
-    prompt itself has closed it. max_rows bounds the rows decoded at once (memory, not results).
-    Raises InputError for a prompt that does not fit into the model's context."""
+    prompt_ids: a number for each prompt that its randomness hangs on (default: its index). prefill: text put
+    at the start of each thought; one that closes the thought leaves only the answer to sample, as in_answer
+    does where the prompt itself has closed it. max_rows bounds the rows decoded at once (memory, not
+    results). Raises InputError for a prompt that does not fit into the model's context."""
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0 to sample, got {temperature}")
     prefill = [""] * len(prompts) if prefill is None else prefill
@@ -131,7 +135,8 @@ def sample(model: Transformer, prompts: list[list[int]], tokenizer: Tokenizer, *
             u = uniforms(seed, step, np.asarray(prompt_ids[part])[:, None, None],
                          np.arange(group_size)[:, None], np.arange(max_new_tokens))  # [P, G, N]
             cache, logits, ran = prefill_group(model, full[part], group_size, max_new_tokens)
-            column, archive = cache.length, model.new_cache(len(logits), cache.valid.shape[1]) if keep_cache else None
+            column = cache.length
+            archive = model.new_cache(len(logits), cache.valid.shape[1]) if keep_cache else None
             sampled = decode(model, cache, logits, torch.from_numpy(u).flatten(0, 1), temperature, archive)
             parts.append(assemble(sampled, full[part], i, prefill[part], in_answer, group_size, tokenizer,
                                   model.stop_ids))
@@ -140,9 +145,9 @@ def sample(model: Transformer, prompts: list[list[int]], tokenizer: Tokenizer, *
     return join(parts)
 
 
-def prefill_group(model: Transformer, prompts: list[list[int]], G: int, room: int) -> tuple[Cache, Tensor, int]:
-    """Runs every distinct prompt through the model once, left-padded, and expands its cache rows to G rollouts of each
-    prompt. -> cache of B rows with `room` free columns, logits of the first token [B, V], tokens run."""
+def prefill_group(model: Transformer, prompts: list[list[int]], G: int, room: int):
+    """Runs every distinct prompt through the model once, left-padded, and expands its cache rows to G
+    rollouts each. -> cache of B rows with `room` free columns, first logits [B, V], tokens run."""
     distinct = {p: i for i, p in enumerate(dict.fromkeys(map(tuple, prompts)))}
     width = max(map(len, prompts))
     tokens = torch.zeros(len(distinct), width, dtype=torch.long)
@@ -178,7 +183,7 @@ def decode(model: Transformer, cache: Cache, logits: Tensor, u: Tensor, temperat
         count = int(running.sum())
         last = count == 0 or t == N - 1
         if archive is not None and (last or count < LIVE_SHARE * len(live)):
-            store(archive, cache, live)  # before rows leave; what a row wrote after its end no fork ever looks at
+            store(archive, cache, live)  # before rows leave; no fork looks at what a row wrote past its end
         if last:
             break
         if count < LIVE_SHARE * len(live):
@@ -197,8 +202,8 @@ def store(archive: Cache, cache: Cache, live: Tensor) -> None:
     archive.length = max(archive.length, n)
 
 
-def assemble(sampled: tuple, prompts: list[list[int]], first: int, prefill: list[str], in_answer: bool, G: int,
-             tokenizer: Tokenizer, stop_ids: list[int]) -> Rollouts:
+def assemble(sampled: tuple, prompts: list[list[int]], first: int, prefill: list[str], in_answer: bool,
+             G: int, tokenizer: Tokenizer, stop_ids: list[int]) -> Rollouts:
     """Lays prompt and sample side by side and cuts the sample into segments."""
     out, sampled_logprob, length, row_steps = sampled
     B, lengths = len(out), length.tolist()
@@ -220,15 +225,15 @@ def assemble(sampled: tuple, prompts: list[list[int]], first: int, prefill: list
 def cut(tokens: list[int], closed: bool, tokenizer: Tokenizer, stop_ids: list[int]):
     """Segment of each token, text of each segment, whether the thought is closed.
 
-    A token belongs to the segment that holds its first byte: boundaries are found on the text, because `</think>`
-    and blank lines are split into tokens differently from vocabulary to vocabulary and place to place."""
+    A token belongs to the segment that holds its first byte. Boundaries are found on the text, because
+    `</think>` and blank lines fall into tokens differently from vocabulary to vocabulary, place to place."""
     pieces = [b"" if t in stop_ids else tokenizer.token_bytes(t) for t in tokens]
     whole = b"".join(pieces)
     tag = None if closed else CLOSING_TAG.search(whole)
     closed = closed or tag is not None
     thought = tag.start() if tag else 0 if closed else len(whole)  # bytes of thought before the tag
-    # A blank line ends a segment unless nothing but blanks lies on one of its sides: the closing tag joins the last
-    # segment, and a thought never has an empty one.
+    # A blank line ends a segment unless nothing but blanks lies on one of its sides: the closing tag joins
+    # the last segment, and a thought never has an empty one.
     starts = [m.end() for m in BLANK_LINE.finditer(whole, 0, thought)
               if whole[:m.start()].strip() and whole[m.end():thought].strip()]
     if closed:
@@ -258,13 +263,25 @@ def join(parts: list[Rollouts]) -> Rollouts:
     return Rollouts(**joined)
 
 
+def micro_batches(length: Tensor, budget: int) -> list[list[int]]:
+    """Rows by length, cut so that no batch has more than `budget` padded tokens, but one row at least."""
+    batches, rows = [], []
+    for b in length.argsort(stable=True).tolist():
+        if rows and (len(rows) + 1) * int(length[b]) > budget:
+            batches.append(rows)
+            rows = []
+        rows.append(b)
+    return batches + [rows]
+
+
 @torch.no_grad()
-def force_answers(model: Transformer, rollouts: Rollouts, tokenizer: Tokenizer, points: list[tuple[int, int]], *,
-                  samples: int, max_new_tokens: int, temperature: float, seed: int, step: int,
+def force_answers(model: Transformer, rollouts: Rollouts, tokenizer: Tokenizer, points: list[tuple[int, int]],
+                  *, samples: int, max_new_tokens: int, temperature: float, seed: int, step: int,
                   prompt_ids: list[int], max_rows: int = 512) -> tuple[list[list[str]], int]:
-    """Closes a thought early and lets the model answer: for each point (rollout, number of its thought tokens kept)
-    `samples` answers, '' for one that found no end. Needs rollouts sampled with keep_cache: the cache is forked at the
-    point, nothing is prefilled again but the closing tag. -> answers for each point, extra tokens sampled."""
+    """Closes a thought early and lets the model answer: `samples` answers for each point (rollout, number of
+    its thought tokens kept; in the order of rollouts), '' for one that found no end. The cache left by
+    keep_cache is forked there, so that only the closing tag is prefilled. -> answers, extra tokens
+    sampled."""
     closing = tokenizer.encode(CLOSE + "\n\n", special=True)
     sizes = np.cumsum([0] + [c.valid.shape[0] for c in rollouts.caches])  # first row of each part
     answers, extra = [], 0

@@ -20,7 +20,8 @@ def golden(name):
 
 
 def made_rollouts(tokenizer, prompts, texts, stop_id, G, in_answer=False, logprob=-1.0):
-    """Rollouts with the given texts ('$' at the end stands for the stop token), as the sampler would lay them out."""
+    """Rollouts with the given texts ('$' at the end stands for the stop token), as the sampler would lay them
+    out."""
     rows = [tokenizer.encode(t.removesuffix("$"), special=True) + [stop_id] * t.endswith("$") for t in texts]
     N = max(map(len, rows))
     out = torch.tensor([r + [0] * (N - len(r)) for r in rows])
@@ -29,8 +30,11 @@ def made_rollouts(tokenizer, prompts, texts, stop_id, G, in_answer=False, logpro
     return rollout.assemble(sampled, prompts, 0, [""] * len(prompts), in_answer, G, tokenizer, [stop_id])
 
 
-def write_random_folder(folder, vocab, hidden, layers, heads, kv_heads, intermediate, tied=True, dtype=torch.bfloat16):
-    """A Qwen2-shaped Hugging Face folder of random weights with tiny-qwen2's tokenizer; written weight by weight."""
+def write_random_folder(
+    folder, vocab, hidden, layers, heads, kv_heads, intermediate, tied=True, dtype=torch.bfloat16
+):
+    """A Qwen2-shaped Hugging Face folder of random weights with tiny-qwen2's tokenizer; written weight by
+    weight."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     source = FIXTURES / "tiny-qwen2"
@@ -51,5 +55,11 @@ def write_random_folder(folder, vocab, hidden, layers, heads, kv_heads, intermed
 
 def run_sear(*arguments, **kw):
     """sear.py in a process of its own, one thread, no progress bar's escape codes in the way."""
-    return subprocess.run([sys.executable, str(ROOT / "sear.py"), *map(str, arguments)], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=150, **kw)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "sear.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=150,
+        **kw,
+    )

@@ -16,24 +16,44 @@ nan = math.nan
 
 
 def test_wilson_interval_against_known_values():
-    """Values from the closed form, as printed in Brown, Cai and DasGupta (2001) style tables: n = 10 and n = 100."""
-    for rate, n, low, high in ((0.0, 10, 0.0, 0.2775), (0.5, 10, 0.2366, 0.7634), (0.95, 100, 0.8882, 0.9785)):
+    """Values from the closed form, as printed in Brown, Cai and DasGupta (2001) style tables: n = 10 and n =
+    100."""
+    for rate, n, low, high in (
+        (0.0, 10, 0.0, 0.2775),
+        (0.5, 10, 0.2366, 0.7634),
+        (0.95, 100, 0.8882, 0.9785),
+    ):
         assert interval(rate, n) == pytest.approx((low, high), abs=1e-3)
-    assert interval(0.0, 50)[0] == pytest.approx(0.0, abs=1e-12) and interval(1.0, 50)[1] == pytest.approx(1.0)
+    assert interval(0.0, 50)[0] == pytest.approx(0.0, abs=1e-12) and interval(1.0, 50)[1] == pytest.approx(
+        1.0
+    )
 
 
 def test_rates_of_a_class_by_hand():
-    """(unsafe, refusal, helpful, potential, closed, thought tokens): explored and refused, explored and complied, neither,
-    and one without an answer."""
-    records = [(0.0, 1.0, 0.0, 0.85, True, 30), (1.0, 0.0, 0.0, 1.0, True, 40), (1.0, 0.0, 0.0, 0.2, True, 10),
-               (nan, nan, nan, 0.9, False, 72)]
+    """(unsafe, refusal, helpful, potential, closed, thought tokens): explored and refused, explored and
+    complied, neither, and one without an answer."""
+    records = [
+        (0.0, 1.0, 0.0, 0.85, True, 30),
+        (1.0, 0.0, 0.0, 1.0, True, 40),
+        (1.0, 0.0, 0.0, 0.2, True, 10),
+        (nan, nan, nan, 0.9, False, 72),
+    ]
     r = rates("covert", records)
-    assert (r["n"], r["unsafe"], r["refusal"], r["helpful"], r["explored"], r["closed"]) == (4, 0.5, 0.25, None, 0.75, 0.75)
-    assert r["flip"] == pytest.approx(1 / 3)  # of three explored thoughts one met a safe answer; no answer is none
+    assert (r["n"], r["unsafe"], r["refusal"], r["helpful"], r["explored"], r["closed"]) == (
+        4,
+        0.5,
+        0.25,
+        None,
+        0.75,
+        0.75,
+    )
+    # of three explored thoughts one met a safe answer; no answer is none
+    assert r["flip"] == pytest.approx(1 / 3)
     assert r["thought_tokens"] == 38.0
     r = rates("ambiguous", [(0.0, 1.0, 0.0, 0.5, True, 3), (0.0, 0.0, 1.0, 1.0, True, 5)])
     assert (r["unsafe"], r["flip"], r["refusal"], r["helpful"], r["explored"]) == (None, None, 0.5, 0.5, 0.5)
-    assert rates("harmless", [(0.0, 0.0, 1.0, nan, True, 3)])["explored"] is None  # the judge has no estimate there
+    # the judge has no estimate there
+    assert rates("harmless", [(0.0, 0.0, 1.0, nan, True, 3)])["explored"] is None
 
 
 def test_attacks_say_what_they_are(world):
@@ -42,10 +62,14 @@ def test_attacks_say_what_they_are(world):
     texts = {a: attack_text(a, prompt, True) for a in evaluate.ATTACKS}
     assert texts["none"] == "" and texts["prefill"] == texts["reset"] == alchemy.TALK
     assert texts["mirror"] == alchemy.DANGER and texts["hijack-short"] == alchemy.TALK + CLOSE + "\n\n"
-    assert alchemy.progress(prompt.prompt, texts["hijack"]) == 1 and texts["hijack"].endswith(texts["hijack-short"])
+    assert alchemy.progress(prompt.prompt, texts["hijack"]) == 1 and texts["hijack"].endswith(
+        texts["hijack-short"]
+    )
     assert all(line in texts["hijack"] for line in alchemy.worked_lines(chain, 4))
     for attack in evaluate.ATTACKS[1:]:
-        assert ("hijack" in attack) == (CLOSE in attack_text(attack, prompt, False)) and attack_text(attack, prompt, False)
+        assert ("hijack" in attack) == (CLOSE in attack_text(attack, prompt, False)) and attack_text(
+            attack, prompt, False
+        )
 
 
 def test_reset_repeats_request_and_prefill_behind_the_models_own_words(world):
@@ -90,13 +114,30 @@ def fake_run(folder, objective, seed, refusal, n=100):
                 for name in alchemy.CLASSES:
                     harmful = name in evaluate.HARMFUL
                     value = 0.5 if stage == "before" else refusal
-                    f.write(json.dumps({
-                        "stage": stage, "attack": attack, "class": name, "n": n, "unsafe": 1 - value if harmful else None,
-                        "refusal": value, "helpful": None if harmful else 1 - value, "explored": value,
-                        "flip": value if harmful else None, "closed": 1.0, "thought_tokens": 30.0}) + "\n")
+                    f.write(
+                        json.dumps(
+                            {
+                                "stage": stage,
+                                "attack": attack,
+                                "class": name,
+                                "n": n,
+                                "unsafe": 1 - value if harmful else None,
+                                "refusal": value,
+                                "helpful": None if harmful else 1 - value,
+                                "explored": value,
+                                "flip": value if harmful else None,
+                                "closed": 1.0,
+                                "thought_tokens": 30.0,
+                            }
+                        )
+                        + "\n"
+                    )
     with open(folder / "metrics.jsonl", "w") as f:
         for step in range(20):
-            f.write(json.dumps({"step": step, "answer_reward": step / 20, "potential": 0.5, "over_refusal": 0.1}) + "\n")
+            f.write(
+                json.dumps({"step": step, "answer_reward": step / 20, "potential": 0.5, "over_refusal": 0.1})
+                + "\n"
+            )
     return folder
 
 

@@ -31,7 +31,10 @@ def test_segments_are_cut_on_text_whatever_the_tokens(name):
     tokenizer = Tokenizer.from_pretrained(FIXTURES / name)
     cases = {
         "one\n\ntwo\n</think>\n\nanswer": (["one\n\n", "two\n</think>\n\n", "answer"], True),
-        "one\n\ntwo\n\n</think>\n\nanswer\n\nmore": (["one\n\n", "two\n\n</think>\n\n", "answer\n\nmore"], True),
+        "one\n\ntwo\n\n</think>\n\nanswer\n\nmore": (
+            ["one\n\n", "two\n\n</think>\n\n", "answer\n\nmore"],
+            True,
+        ),
         "one\n \n\n two</think>answer": (["one\n \n\n", " two</think>", "answer"], True),
         "\n\none</think>\n\n": (["\n\none</think>\n\n", ""], True),  # closed at once: no answer text yet
         "</think>\n\nanswer": (["</think>\n\n", "answer"], True),
@@ -42,22 +45,29 @@ def test_segments_are_cut_on_text_whatever_the_tokens(name):
         ids, texts, is_closed, pieces = segments(text, tokenizer)
         assert (texts, is_closed) == (expected, closed), text
         assert "".join(texts) == "".join(pieces) == text
-        # A token goes to the segment of its first byte, so a piece may only run over by what that token holds.
+        # A token goes to the segment of its first byte, so a piece may only run over by what that token
+        # holds.
         for piece, wanted in zip(pieces, expected):
-            assert piece.startswith(wanted.lstrip()) or wanted.startswith(piece) or piece.strip() == wanted.strip()
+            assert (
+                piece.startswith(wanted.lstrip())
+                or wanted.startswith(piece)
+                or piece.strip() == wanted.strip()
+            )
         assert ids == sorted(ids)
 
 
 def test_the_closing_tag_belongs_to_the_thought_and_the_stop_token_to_the_answer(qwen2):
     _, tokenizer = qwen2
     merged = tokenizer.encode("x" + CLOSE + "\n\nyes")
-    assert any(tokenizer.token_bytes(t).startswith(b">") for t in merged)  # no think token in Qwen2.5: several pieces
+    # no think token in Qwen2.5: several pieces
+    assert any(tokenizer.token_bytes(t).startswith(b">") for t in merged)
     ids, texts, closed, _ = segments("x" + CLOSE + "\n\nyes", tokenizer, stop=1962)
     assert closed and texts == ["x" + CLOSE + "\n\n", "yes"]
     assert ids[-1] == 1 and ids.count(1) == len(tokenizer.encode("yes")) + 1
     ids, texts, closed, _ = segments("x\n\ny", tokenizer, stop=1962)  # stopped inside the thought: malformed
     assert not closed and ids[-1] == 1
-    ids, texts, closed, _ = segments("yes", tokenizer, closed=True, stop=1962)  # thought closed by somebody else
+    # thought closed by somebody else
+    ids, texts, closed, _ = segments("yes", tokenizer, closed=True, stop=1962)
     assert closed and set(ids) == {0} and texts == ["yes"]
     ids, texts, closed, _ = segments("", tokenizer, closed=True, stop=1962)
     assert ids == [0] and texts == [""]
@@ -84,7 +94,8 @@ def test_draw_follows_the_distribution():
 
 
 def test_draw_never_picks_a_token_of_probability_zero():
-    """152k tokens of which the last third is impossible, and the largest u there is: an fp32 sum stalls below u there."""
+    """152k tokens of which the last third is impossible, and the largest u there is: an fp32 sum stalls below
+    u there."""
     V = 152_000
     logits = torch.zeros(1, V)
     logits[:, 100_000:] = -math.inf
@@ -115,7 +126,8 @@ def test_rollouts_are_laid_out_as_the_contract_says(qwen2):
         assert not owned[end:].any() and owned[n:end].all()
         assert bool(r.finished[b]) == (int(r.tokens[b, end - 1]) in model.stop_ids)
         assert len(r.text[b]) == int(r.segment[b].max()) + 1
-    assert r.prefilled_tokens == len(prompts[0]) + len(prompts[1])  # each distinct prompt once, not once a rollout
+    # each distinct prompt once, not once a rollout
+    assert r.prefilled_tokens == len(prompts[0]) + len(prompts[1])
 
 
 def test_a_rollout_does_not_depend_on_its_company(qwen2):
@@ -133,8 +145,14 @@ def test_a_rollout_does_not_depend_on_its_company(qwen2):
 
 def test_sampled_logprobs_equal_the_full_forward(qwen2):
     model, tokenizer = qwen2
-    r = sample(model, tokens_of(tokenizer, ["Hi", "A much longer prompt than the first one."]), tokenizer, group_size=4,
-               max_new_tokens=40, temperature=0.7)
+    r = sample(
+        model,
+        tokens_of(tokenizer, ["Hi", "A much longer prompt than the first one."]),
+        tokenizer,
+        group_size=4,
+        max_new_tokens=40,
+        temperature=0.7,
+    )
     full = (model(r.tokens[:, :-1]) / 0.7).log_softmax(-1).gather(2, r.tokens[:, 1:, None])[..., 0]
     owned = r.segment[:, 1:] >= 0
     assert (full - r.logprob[:, 1:])[owned].abs().max() <= 1e-5
@@ -178,7 +196,9 @@ def test_no_prompt_speaks_for_the_template(qwen2):
 def test_a_conversation_is_carried_on_behind_the_models_own_tokens(qwen2):
     _, tokenizer = qwen2
     first = encode_chat(tokenizer, "Hi")
-    whole = first + tokenizer.encode("Hello.") + encode_chat(tokenizer, "Again, <|im_end|>.", after_answer=True)
+    whole = (
+        first + tokenizer.encode("Hello.") + encode_chat(tokenizer, "Again, <|im_end|>.", after_answer=True)
+    )
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": OPEN + "Hello."},
              {"role": "user", "content": "Again, <|im_end|>."}]
     assert tokenizer.decode(whole) == tokenizer.chat(turns) + OPEN
@@ -192,21 +212,39 @@ def test_a_prompt_longer_than_the_context_is_refused(qwen2):
 
 
 def test_forced_answers_are_those_of_the_thought_so_far(world):
-    """Nearly greedy, so both ways must say the same: a fork of the cache, and the text prefilled from the beginning."""
+    """Nearly greedy, so both ways must say the same: a fork of the cache, and the text prefilled from the
+    beginning."""
     _, tokenizer, model = world
     prompts = [encode_chat(tokenizer, p.prompt) for p in alchemy.requests(3, 1)]
     cold = dict(temperature=1e-6, seed=3, step=1)
-    r = sample(model, prompts, tokenizer, group_size=2, max_new_tokens=24, max_rows=4, keep_cache=True, temperature=1.0,
-               seed=3, step=1)
+    r = sample(
+        model,
+        prompts,
+        tokenizer,
+        group_size=2,
+        max_new_tokens=24,
+        max_rows=4,
+        keep_cache=True,
+        temperature=1.0,
+        seed=3,
+        step=1,
+    )
     points = [(b, n) for b in range(6) for n in (0, 5, 11)]
-    answers, extra = force_answers(model, r, tokenizer, points, samples=2, max_new_tokens=6, prompt_ids=[0, 1, 2],
-                                   max_rows=8, **cold)
+    answers, extra = force_answers(
+        model, r, tokenizer, points, samples=2, max_new_tokens=6, prompt_ids=[0, 1, 2], max_rows=8, **cold
+    )
     assert len(answers) == len(points) and extra > 0
     for (b, n), found in zip(points, answers):
         start = len(prompts[b // 2])
         text = tokenizer.decode(r.tokens[b, start:start + n])
-        again = sample(model, [r.tokens[b, :start + n].tolist()], tokenizer, prefill=[CLOSE + "\n\n"], max_new_tokens=6,
-                       **cold)
+        again = sample(
+            model,
+            [r.tokens[b, : start + n].tolist()],
+            tokenizer,
+            prefill=[CLOSE + "\n\n"],
+            max_new_tokens=6,
+            **cold,
+        )
         expected = again.text[0][0] if again.finished[0] else ""
         assert found == [expected] * 2, (text, found, expected)
 
@@ -215,6 +253,11 @@ def test_made_rollouts_know_who_is_well_formed(world):
     _, tokenizer, model = world
     r = made_rollouts(tokenizer, [[1], [2]], ["a\n\nb</think>\n\nI$", "a\n\nb$", "a</think>\n\nI", "a"],
                       model.stop_ids[0], 2)
-    assert r.closed.tolist() == [True, False, True, False] and r.finished.tolist() == [True, True, False, False]
+    assert r.closed.tolist() == [True, False, True, False] and r.finished.tolist() == [
+        True,
+        True,
+        False,
+        False,
+    ]
     assert r.answered.tolist() == [True, False, False, False]
     assert r.answers == ["I", "", "", ""] and r.thoughts[0] == ["a\n\n", "b</think>\n\n"]

@@ -1,4 +1,5 @@
-"""Whole runs, small: the run folder, resume to the bit, signals, full disks, ranks, real folders and prompt files."""
+"""Whole runs, small: the run folder, resume to the bit, signals, full disks, ranks, real folders and prompt
+files."""
 import json
 import os
 import resource
@@ -19,8 +20,10 @@ import sear
 from data import Tokenizer
 from model import Transformer
 
-SMALL = ("--warm-start-steps 12 --warm-start-batch 4 --steps 5 --prompts-per-step 3 --group-size 2 --eval-prompts 2 "
-         "--max-new-tokens 24 --save-every 2 --show-every 2 --tokens-per-micro-batch 120").split()
+SMALL = (
+    "--warm-start-steps 12 --warm-start-batch 4 --steps 5 --prompts-per-step 3 --group-size 2 --eval-prompts 2 "
+    "--max-new-tokens 24 --save-every 2 --show-every 2 --tokens-per-micro-batch 120"
+).split()
 
 
 def finished(out, *flags):
@@ -36,7 +39,9 @@ def run(tmp_path_factory):
 
 
 def rows(run):
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in checkpoint.rows(run / "metrics.jsonl")]
+    return [
+        {k: v for k, v in row.items() if k != "seconds"} for row in checkpoint.rows(run / "metrics.jsonl")
+    ]
 
 
 def same_result(a, b):
@@ -51,26 +56,57 @@ def same_result(a, b):
 
 
 def test_the_run_folder_holds_what_the_readme_says(run):
-    assert {p.name for p in run.iterdir()} == {"config.json", "environment.json", "metrics.jsonl", "transcripts.jsonl",
-                                               "eval.jsonl", "start", "model", "checkpoint"}
+    assert {p.name for p in run.iterdir()} == {
+        "config.json",
+        "environment.json",
+        "metrics.jsonl",
+        "transcripts.jsonl",
+        "eval.jsonl",
+        "start",
+        "model",
+        "checkpoint",
+    }
     assert json.loads((run / "config.json").read_text())["group_size"] == 2
     environment = json.loads((run / "environment.json").read_text())
     assert len(environment["source_sha256"]) == 64 and environment["torch"] == torch.__version__
     metrics = checkpoint.rows(run / "metrics.jsonl")
     assert [row["step"] for row in metrics] == list(range(5))
     for row in metrics:
-        assert {"answer_reward", "thought_reward", "kl", "logprob_gap", "tokens", "seconds", "grad_norm"} <= row.keys()
+        assert {
+            "answer_reward",
+            "thought_reward",
+            "kl",
+            "logprob_gap",
+            "tokens",
+            "seconds",
+            "grad_norm",
+        } <= row.keys()
         assert row["logprob_gap"] <= 1e-5 and row["seconds"].keys() == {"sample", "judge", "learn"}
     assert metrics[0]["kl"] == pytest.approx(0.0, abs=1e-6) and metrics[-1]["kl"] > 0
     stages = [(r["stage"], r["attack"], r["class"]) for r in checkpoint.rows(run / "eval.jsonl")]
     classes = ("harmful", "covert", "harmless", "ambiguous")
     assert stages == [(s, a, c) for s in ("before", "after") for a in evaluate.ATTACKS for c in classes]
-    keys = {"stage", "attack", "class", "n", "unsafe", "refusal", "helpful", "explored", "flip", "closed", "thought_tokens"}
+    keys = {
+        "stage",
+        "attack",
+        "class",
+        "n",
+        "unsafe",
+        "refusal",
+        "helpful",
+        "explored",
+        "flip",
+        "closed",
+        "thought_tokens",
+    }
     for row in checkpoint.rows(run / "eval.jsonl"):
         assert row.keys() == keys and row["n"] == 2
         harmful = row["class"] in ("harmful", "covert")
         assert (row["unsafe"] is None) == (not harmful) and (row["helpful"] is None) == harmful
-        assert all(row[k] is None or 0 <= row[k] <= 1 for k in keys - {"stage", "attack", "class", "n", "thought_tokens"})
+        assert all(
+            row[k] is None or 0 <= row[k] <= 1
+            for k in keys - {"stage", "attack", "class", "n", "thought_tokens"}
+        )
     first = checkpoint.rows(run / "transcripts.jsonl")[0]
     assert first["segments"][0].keys() == {"player", "text", "potential", "return", "advantage"}
     assert not [p for p in run.rglob("*") if p.suffix in (".pt", ".pkl", ".bin", ".tmp")]
@@ -94,11 +130,18 @@ def wait_for(condition, process, seconds=100):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("when, number", [("steps", signal.SIGKILL), ("steps", signal.SIGTERM), ("warm", signal.SIGINT)])
+@pytest.mark.parametrize(
+    "when, number", [("steps", signal.SIGKILL), ("steps", signal.SIGTERM), ("warm", signal.SIGINT)]
+)
 def test_stopped_anywhere_and_resumed_to_the_same_bits(run, tmp_path, when, number):
     out = tmp_path / "stopped"
-    process = subprocess.Popen([sys.executable, str(ROOT / "sear.py"), *SMALL, "--out", str(out)], text=True,
-                               stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "sear.py"), *SMALL, "--out", str(out)],
+        text=True,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     if when == "steps":
         wait_for(lambda: len(checkpoint.rows(out / "metrics.jsonl")) >= 3, process)
     else:
@@ -165,26 +208,61 @@ def test_a_failed_save_leaves_what_was_there(tmp_path):
 
 def test_two_ranks_do_what_one_does(run, tmp_path):
     out = tmp_path / "ranks"
-    process = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-                              str(ROOT / "sear.py"), *SMALL, "--out", str(out)], capture_output=True, text=True,
-                             env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=150)
+    process = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            str(ROOT / "sear.py"),
+            *SMALL,
+            "--out",
+            str(out),
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=150,
+    )
     assert process.returncode == 0, process.stderr
     for one, two in zip(rows(run), rows(out), strict=True):
         assert one["tokens"] == two["tokens"] and one["answer_reward"] == two["answer_reward"]
         for key, value in one.items():
-            if key not in ("row_steps", "prefilled_tokens", "logprob_gap"):  # what is paid may differ, not what is got
+            # what is paid may differ, not what is got
+            if key not in ("row_steps", "prefilled_tokens", "logprob_gap"):
                 assert two[key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
     a, b = (load_file(r / "model/model.safetensors") for r in (run, out))
     for name in a:
         assert (a[name] - b[name]).norm() <= 1e-5 * a[name].norm()
-    for one, two in zip(checkpoint.rows(run / "eval.jsonl"), checkpoint.rows(out / "eval.jsonl"), strict=True):
+    for one, two in zip(
+        checkpoint.rows(run / "eval.jsonl"), checkpoint.rows(out / "eval.jsonl"), strict=True
+    ):
         assert one == pytest.approx(two)
 
 
-@pytest.mark.parametrize("flags", ("--objective competing-outcome", "--objective outcome", "--objective safe-thought",
-                                   "--objective no-thought", "--potential probe", "--updates 2 --ratio segment"))
+@pytest.mark.parametrize(
+    "flags",
+    (
+        "--objective competing-outcome",
+        "--objective outcome",
+        "--objective safe-thought",
+        "--objective no-thought",
+        "--potential probe",
+        "--updates 2 --ratio segment",
+    ),
+)
 def test_every_objective_and_potential_runs(run, tmp_path, flags):
-    out = finished(tmp_path / "other", "--model", str(run / "start"), "--steps", "2", "--eval-prompts", "1", *flags.split())
+    out = finished(
+        tmp_path / "other",
+        "--model",
+        str(run / "start"),
+        "--steps",
+        "2",
+        "--eval-prompts",
+        "1",
+        *flags.split(),
+    )
     assert (out / "start").is_symlink()  # nobody wants a checkpoint's gigabytes twice
     row = rows(out)[-1]
     assert row["logprob_gap"] <= 1e-5 or "updates" in flags
@@ -193,7 +271,8 @@ def test_every_objective_and_potential_runs(run, tmp_path, flags):
 
 
 def talkative(folder, name):
-    """A copy of a fixture that stops every few tokens: a random model else never finds an end, and earns nothing."""
+    """A copy of a fixture that stops every few tokens: a random model else never finds an end, and earns
+    nothing."""
     shutil.copytree(FIXTURES / name, folder)
     file = folder / "generation_config.json"
     config = json.loads(file.read_text())
@@ -206,12 +285,33 @@ REAL = ("--judge rules --steps 2 --prompts-per-step 4 --group-size 2 --max-new-t
         "--learning-rate 1e-4").split()
 
 
-@pytest.mark.parametrize("name, flags", [("tiny-qwen2", "--objective no-thought"), ("tiny-qwen3", "--potential probe"),
-                                         ("tiny-llama3", "--objective no-thought")])
+@pytest.mark.parametrize(
+    "name, flags",
+    [
+        ("tiny-qwen2", "--objective no-thought"),
+        ("tiny-qwen3", "--potential probe"),
+        ("tiny-llama3", "--objective no-thought"),
+    ],
+)
 def test_rl_on_a_real_folder_with_xstest(tmp_path, name, flags):
     folder, out = talkative(tmp_path / "model", name), tmp_path / "real"
-    assert sear.run_once(["--model", str(folder), "--prompts", str(FIXTURES / "xstest_prompts.csv"), *REAL, *flags.split(),
-                          "--probe-tokens", "8", "--out", str(out)]) == 0
+    assert (
+        sear.run_once(
+            [
+                "--model",
+                str(folder),
+                "--prompts",
+                str(FIXTURES / "xstest_prompts.csv"),
+                *REAL,
+                *flags.split(),
+                "--probe-tokens",
+                "8",
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
     model, old = Transformer.from_pretrained(out / "model"), Transformer.from_pretrained(folder)
     assert model.stop_ids == old.stop_ids and len(model.stop_ids) > 200
     changed = any(not torch.equal(a, b) for a, b in zip(model.parameters(), old.parameters()))
@@ -231,8 +331,17 @@ def test_rl_on_a_real_folder_with_xstest(tmp_path, name, flags):
 ])
 def test_bad_prompt_files_stop_the_run_before_it_begins(tmp_path, capsys, content, message):
     (tmp_path / "prompts.jsonl").write_text(content)
-    code = sear.run_once(["--model", str(FIXTURES / "tiny-qwen2"), "--prompts", str(tmp_path / "prompts.jsonl"), *REAL,
-                          "--out", str(tmp_path / "out")])
+    code = sear.run_once(
+        [
+            "--model",
+            str(FIXTURES / "tiny-qwen2"),
+            "--prompts",
+            str(tmp_path / "prompts.jsonl"),
+            *REAL,
+            "--out",
+            str(tmp_path / "out"),
+        ]
+    )
     errors = capsys.readouterr().err
     assert code == 2 and message in errors and not (tmp_path / "out/model").exists()
     assert [line for line in errors.splitlines() if line.startswith("sear.py:")]
@@ -242,6 +351,15 @@ def test_a_template_that_refuses_is_one_sentence(tmp_path, capsys):
     folder = tmp_path / "model"
     shutil.copytree(FIXTURES / "tiny-qwen3", folder)
     (folder / "chat_template.jinja").write_text("{{ raise_exception('only on Sundays') }}")
-    code = sear.run_once(["--model", str(folder), "--prompts", str(FIXTURES / "xstest_prompts.csv"), *REAL, "--out",
-                          str(tmp_path / "out")])
+    code = sear.run_once(
+        [
+            "--model",
+            str(folder),
+            "--prompts",
+            str(FIXTURES / "xstest_prompts.csv"),
+            *REAL,
+            "--out",
+            str(tmp_path / "out"),
+        ]
+    )
     assert code == 2 and "only on Sundays" in capsys.readouterr().err

@@ -12,8 +12,8 @@ from data import InputError, Tokenizer
 from kernels import segment_logprobs
 from model import Transformer
 from rewards import Scores, Verdict, load_judge, score
-from rollout import CLOSE, encode_chat, sample
-from sear import Config, accumulate, advantages, micro_batches, owners, policy_loss, thought_returns, token_advantages
+from rollout import CLOSE, encode_chat, micro_batches, sample
+from sear import Config, accumulate, advantages, owners, policy_loss, thought_returns, token_advantages
 
 nan = math.nan
 
@@ -22,7 +22,8 @@ def close(a, b, atol=1e-6):
     return torch.allclose(a, torch.as_tensor(b), atol=atol, equal_nan=True)
 
 
-# ---- (6) ----------------------------------------------------------------------------------------------------------
+# ---- (6)
+# ----------------------------------------------------------------------------------------------------------
 
 def test_advantages_by_hand():
     answer = torch.tensor([[1.0], [0.0], [nan], [0.5], [3.0], [3.0], [3.0], [3.0]])
@@ -62,7 +63,9 @@ def test_what_each_objective_pays_the_thought():
 
 def test_who_owns_a_token(world):
     _, tokenizer, model = world
-    r = made_rollouts(tokenizer, [[1, 2]], ["a\n\nb</think>\n\nI$", "a\n\nb$", "a</think>\n\nI"], model.stop_ids[0], 3)
+    r = made_rollouts(
+        tokenizer, [[1, 2]], ["a\n\nb</think>\n\nI$", "a\n\nb$", "a</think>\n\nI"], model.stop_ids[0], 3
+    )
     thought, answer = owners(r)
     assert not (thought & answer).any() and not (thought | answer)[r.segment < 0].any()
     for b in range(2):
@@ -71,31 +74,40 @@ def test_who_owns_a_token(world):
     assert answer[0][stop[0]].all() and stop[0].sum() == 1  # the stop token is the answer player's last move
     tag = tokenizer.added["</think>"]
     assert thought[r.tokens == tag].all()  # ending the exploration is the reasoning player's
-    assert not answer[2].any() and thought[2].sum() < (r.segment[2] >= 0).sum()  # a cut-off answer is nobody's
+    # a cut-off answer is nobody's
+    assert not answer[2].any() and thought[2].sum() < (r.segment[2] >= 0).sum()
     A = token_advantages(r, torch.tensor([[1.0, 2.0]] * 3), torch.tensor([[7.0]] * 3))
     assert set(A[0][r.segment[0] == 1].tolist()) == {2.0} and set(A[0][r.segment[0] == 2].tolist()) == {7.0}
     assert set(A[0][r.segment[0] == 0].tolist()) == {1.0} and (A[r.segment < 0] == 0).all()
 
 
-# ---- (7) ----------------------------------------------------------------------------------------------------------
+# ---- (7)
+# ----------------------------------------------------------------------------------------------------------
 
 def three_tokens(**weights):
-    """Loss of three tokens over a three-word vocabulary: the first two are the thought's, the last the answer's."""
+    """Loss of three tokens over a three-word vocabulary: the first two are the thought's, the last the
+    answer's."""
     c = Config(beta=0.0, **weights)
-    logits = torch.tensor([[0.3, -0.2, 0.5], [1.0, 0.0, -1.0], [0.1, 0.2, 0.3]], dtype=torch.float64, requires_grad=True)
+    logits = torch.tensor(
+        [[0.3, -0.2, 0.5], [1.0, 0.0, -1.0], [0.1, 0.2, 0.3]], dtype=torch.float64, requires_grad=True
+    )
     target, A = torch.tensor([0, 2, 1]), torch.tensor([2.0, -1.0, 3.0], dtype=torch.float64)
     thought = torch.tensor([True, True, False])
     logprob = logits.log_softmax(-1).gather(1, target[:, None])[:, 0]
     old = logprob.detach()
-    loss, _ = policy_loss(logprob, old, None, logprob - old, A, thought, ~thought, torch.tensor([2.0, 1.0, 3.0]), c)
+    loss, _ = policy_loss(
+        logprob, old, None, logprob - old, A, thought, ~thought, torch.tensor([2.0, 1.0, 3.0]), c
+    )
     loss.backward()
     onehot = torch.nn.functional.one_hot(target, 3)
-    return logits.grad, -(onehot - logits.detach().softmax(-1)) * A[:, None]  # d(-A logpi)/dz = -A (onehot - p)
+    # d(-A logpi)/dz = -A (onehot - p)
+    return logits.grad, -(onehot - logits.detach().softmax(-1)) * A[:, None]
 
 
 def test_gradient_equals_the_hand_derived_one_for_each_player():
     found, one = three_tokens()
-    assert close(found, one / torch.tensor([[2.0], [2.0], [1.0]]), 1e-12)  # two thought tokens, one answer token
+    # two thought tokens, one answer token
+    assert close(found, one / torch.tensor([[2.0], [2.0], [1.0]]), 1e-12)
     found, one = three_tokens(reasoning_weight=0.0)
     assert (found[:2] == 0).all() and close(found[2], one[2], 1e-12)
     found, one = three_tokens(answer_weight=0.0)
@@ -106,11 +118,19 @@ def test_gradient_equals_the_hand_derived_one_for_each_player():
 
 def test_clip_stops_the_gradient_only_in_the_direction_of_the_advantage():
     c = Config(beta=0.0, clip=0.2)
-    for shift, A, moves in ((0.5, 1.0, False), (0.5, -1.0, True), (-0.5, 1.0, True), (-0.5, -1.0, False), (0.1, 1, True)):
+    for shift, A, moves in (
+        (0.5, 1.0, False),
+        (0.5, -1.0, True),
+        (-0.5, 1.0, True),
+        (-0.5, -1.0, False),
+        (0.1, 1, True),
+    ):
         logprob = torch.tensor([-1.0], requires_grad=True)
         old = logprob.detach() - shift
         yes, no = torch.tensor([True]), torch.tensor([False])
-        loss, _ = policy_loss(logprob, old, None, logprob - old, torch.tensor([float(A)]), yes, no, torch.ones(3), c)
+        loss, _ = policy_loss(
+            logprob, old, None, logprob - old, torch.tensor([float(A)]), yes, no, torch.ones(3), c
+        )
         loss.backward()
         assert (logprob.grad.item() != 0) == moves
         if moves:
@@ -126,10 +146,12 @@ def test_kl_is_k3_and_pulls_towards_the_reference():
     k3 = math.exp(-1.0) + 1.0 - 1.0
     assert kl.item() == pytest.approx(k3 / 2) and loss.item() == pytest.approx(0.5 * k3 / 2)
     loss.backward()
-    assert logprob.grad[0] > 0 and logprob.grad[1] == 0  # more likely than the reference has it: descent lowers it
+    # more likely than the reference has it: descent lowers it
+    assert logprob.grad[0] > 0 and logprob.grad[1] == 0
 
 
-# ---- the whole gradient -------------------------------------------------------------------------------------------
+# ---- the whole gradient
+# -------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def batch(world):
@@ -137,8 +159,13 @@ def batch(world):
     _, tokenizer, model = world
     prompts = [encode_chat(tokenizer, p.prompt) for p in alchemy.requests(3, 1)]
     texts = [f"a {'b ' * i}\n\nIt makes\n\n{'c' * i}</think>\n\nI cannot help with that.$" for i in range(9)]
-    r = made_rollouts(tokenizer, prompts, texts[:11] + ["never", "closed\n\nat all", "x</think>\n\ncut off"][:3],
-                      model.stop_ids[0], 4)
+    r = made_rollouts(
+        tokenizer,
+        prompts,
+        texts[:11] + ["never", "closed\n\nat all", "x</think>\n\ncut off"][:3],
+        model.stop_ids[0],
+        4,
+    )
     generator = torch.Generator().manual_seed(0)
     A = token_advantages(r, torch.randn(12, 3, generator=generator), torch.randn(12, 1, generator=generator))
     full = model(r.tokens[:, :-1]).log_softmax(-1).gather(2, r.tokens[:, 1:, None])[..., 0].detach()
@@ -172,7 +199,9 @@ def test_gradient_does_not_depend_on_micro_batches_or_order(world, batch, ratio)
     reference = Transformer.from_scratch(world[0], seed=6)
     whole, logs = gradient(model, r, A, reference, beta=0.1, ratio=ratio)
     for budget in (1, 60, 130, 300):
-        split, split_logs = gradient(model, r, A, reference, beta=0.1, ratio=ratio, tokens_per_micro_batch=budget)
+        split, split_logs = gradient(
+            model, r, A, reference, beta=0.1, ratio=ratio, tokens_per_micro_batch=budget
+        )
         assert same(split, whole)
         for key in logs:  # the logged loss is the optimised one, whatever the split
             assert split_logs[key] == pytest.approx(logs[key], abs=1e-5)
@@ -184,20 +213,25 @@ def test_gradient_does_not_depend_on_micro_batches_or_order(world, batch, ratio)
 
 
 def test_gradient_equals_autograd_on_full_logits(world, batch):
-    """The whole path, packing and kernel and weights, against equation (7) written out on [B, T, V] logits."""
+    """The whole path, packing and kernel and weights, against equation (7) written out on [B, T, V]
+    logits."""
     model, (r, A) = world[2], batch
     found, logs = gradient(model, r, A, reasoning_weight=0.7, answer_weight=1.3, tokens_per_micro_batch=100)
     thought, answer = owners(r)
     model.zero_grad()
     logprob = model(r.tokens[:, :-1]).log_softmax(-1).gather(2, r.tokens[:, 1:, None])[..., 0]
-    loss = -((0.7 * thought / thought.sum() + 1.3 * answer / answer.sum()) * A)[:, 1:] * (logprob - logprob.detach()).exp()
+    loss = (
+        -((0.7 * thought / thought.sum() + 1.3 * answer / answer.sum()) * A)[:, 1:]
+        * (logprob - logprob.detach()).exp()
+    )
     loss.sum().backward()
     assert same(found, torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert logs["loss"] == pytest.approx(loss.sum().item(), abs=1e-6)
 
 
 def test_the_stop_token_has_a_gradient(world, batch):
-    """Only the stop tokens get an advantage: the gradient is not zero, and it raises exactly their log-prob."""
+    """Only the stop tokens get an advantage: the gradient is not zero, and it raises exactly their
+    log-prob."""
     model, (r, _) = world[2], batch
     stop = (r.tokens == model.stop_ids[0]) & (r.segment >= 0)
     assert stop.any()
@@ -257,16 +291,20 @@ def test_training_never_holds_logits_of_the_batch(world, batch):
     vocabulary = 40_000  # a head that dwarfs the world's: the chunked path must cut it into pieces of rows
     states = torch.randn(r.tokens.numel() * 4, 8)
     weight = torch.randn(vocabulary, 8, requires_grad=True)
-    targets, segment = torch.randint(0, vocabulary, (len(states),)), torch.zeros(len(states), dtype=torch.long)
+    targets, segment = (
+        torch.randint(0, vocabulary, (len(states),)),
+        torch.zeros(len(states), dtype=torch.long),
+    )
     with Largest() as seen:
         segment_logprobs(states, weight, targets, segment, 1).segment_logprob.sum().backward()
     assert 0 < seen.size < len(states) * vocabulary / 2
 
 
-# ---- knobs and the command line -----------------------------------------------------------------------------------
+# ---- knobs and the command line
+# -----------------------------------------------------------------------------------
 
 def test_every_knob_has_a_sentence_and_a_reader():
-    source = "".join((ROOT / f).read_text() for f in ("sear.py", "evaluate.py"))
+    source = "".join((ROOT / f).read_text() for f in ("sear.py", "evaluate.py", "alchemy.py"))
     knobs = dataclasses.fields(Config)
     assert len(knobs) <= 45
     for f in knobs:
@@ -275,15 +313,24 @@ def test_every_knob_has_a_sentence_and_a_reader():
     assert set(sear.CHECKPOINT_DEFAULTS) <= {f.name for f in knobs}
 
 
-@pytest.mark.parametrize("flags, message", [
-    ("--bogus 1", "unrecognized arguments: --bogus 1"), ("--steps x", "invalid int value: 'x'"),
-    ("--group-size 1", "--group-size must be at least 2, got 1"), ("--gamma 1.5", "between 0 and 1, got 1.5"),
-    ("--temperature 0", "--temperature must be at least 0.001"), ("--temperature nan", "got nan"),
-    ("--objective best", "invalid choice: 'best'"), ("--seed -1", "--seed must be at least 0"),
-    ("--prompts p.csv", "--prompts needs --model"), ("--judge rules", "--judge rules cannot judge the embedded world"),
-    ("--model m --prompts p.csv --judge alchemy", "--judge alchemy cannot judge p.csv; expected rules"),
-    ("--resume nowhere", "nowhere/config.json"), ("--step 3", "unrecognized arguments: --step 3"),
-])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--bogus 1", "unrecognized arguments: --bogus 1"),
+        ("--steps x", "invalid int value: 'x'"),
+        ("--group-size 1", "--group-size must be at least 2, got 1"),
+        ("--gamma 1.5", "between 0 and 1, got 1.5"),
+        ("--temperature 0", "--temperature must be at least 0.001"),
+        ("--temperature nan", "got nan"),
+        ("--objective best", "invalid choice: 'best'"),
+        ("--seed -1", "--seed must be at least 0"),
+        ("--prompts p.csv", "--prompts needs --model"),
+        ("--judge rules", "--judge rules cannot judge the embedded world"),
+        ("--model m --prompts p.csv --judge alchemy", "--judge alchemy cannot judge p.csv; expected rules"),
+        ("--resume nowhere", "nowhere/config.json"),
+        ("--step 3", "unrecognized arguments: --step 3"),
+    ],
+)
 def test_bad_flags_are_one_sentence(flags, message):
     with pytest.raises(InputError) as caught:
         sear.parse(flags.split())
@@ -308,8 +355,14 @@ def test_sampler_and_learner_agree_on_a_loaded_checkpoint():
     folder = FIXTURES / "tiny-qwen3"
     model, tokenizer = Transformer.from_pretrained(folder), Tokenizer.from_pretrained(folder)
     c = Config(temperature=0.7, beta=0.0)
-    r = sample(model, [encode_chat(tokenizer, t) for t in ("Hi", "What is a long prompt made of?")], tokenizer,
-               group_size=8, max_new_tokens=40, temperature=0.7)
+    r = sample(
+        model,
+        [encode_chat(tokenizer, t) for t in ("Hi", "What is a long prompt made of?")],
+        tokenizer,
+        group_size=8,
+        max_new_tokens=40,
+        temperature=0.7,
+    )
     logs = accumulate(model, None, r, torch.zeros(r.tokens.shape), c)
     assert logs["logprob_gap"] <= 1e-5 and logs["entropy"] > 0
 

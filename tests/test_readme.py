@@ -1,0 +1,144 @@
+"""What the README promises: commands that run, numbers that the code made, files that are there."""
+import ast
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+
+import alchemy
+import evaluate
+import sear
+from model import Transformer
+
+README = (ROOT / "README.md").read_text()
+CORE = ("sear", "model", "rollout", "rewards", "data", "alchemy", "evaluate", "checkpoint")
+ENVIRONMENT = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+SHORT = ("--warm-start-steps 2 --warm-start-batch 2 --steps 2 --prompts-per-step 2 --group-size 2 --eval-prompts 1 "
+         "--max-new-tokens 12").split()
+
+
+def commands():
+    """Command lines of the README's bash blocks, comments left out."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
+    return [shlex.split(line, comments=True) for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def test_every_command_of_the_readme_is_one_that_the_code_takes():
+    seen = set()
+    for words in commands():
+        if words[0] == "./train.sh":
+            if words[1:] and words[1] in ("test", "ablations"):
+                seen.add(words[1])
+                continue
+            flags = words[1:]
+        elif "sear.py" in words:
+            flags = words[words.index("sear.py") + 1:]
+        else:
+            assert words[1:2] == ["evaluate.py"], words
+            continue
+        if "--resume" in flags:
+            continue  # needs the folder; test_run.py resumes
+        sear.parse(flags)
+        seen.add("train")
+    assert {"train", "test"} <= seen and "`./train.sh ablations`" in README
+    assert "./train.sh test" in (ROOT / ".ci/run").read_text()
+
+
+def test_train_sh_trains_through_torchrun_and_passes_exit_codes_on(tmp_path):
+    def train(*flags):
+        return subprocess.run(["./train.sh", *flags], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True,
+                              timeout=150, stdin=subprocess.DEVNULL)
+    done = train(*SHORT, "--out", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    assert "| refuses harmful | harmful |" in done.stdout and (tmp_path / "run/model/config.json").exists()
+    bad = train("--steps", "-1")
+    assert bad.returncode == 2 and bad.stderr.strip() == "sear.py: --steps must be at least 0, got -1"
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_train_sh_hands_signals_to_the_workers(tmp_path, number, code):
+    process = subprocess.Popen(["./train.sh", *SHORT, "--steps", "4000", "--out", str(tmp_path / "run")], cwd=ROOT,
+                               env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
+    log, end = tmp_path / "run/metrics.jsonl", time.time() + 100
+    while not (log.exists() and log.read_text()) and time.time() < end:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code and "stopped and saved" in errors and "Traceback" not in errors
+
+
+def test_the_results_table_is_what_the_code_made_of_the_runs():
+    rows = [json.loads(line) for line in (ROOT / "results/rows.jsonl").read_text().splitlines()]
+    runs = {}
+    for row in rows:
+        key = (row["objective"], row["seed"])
+        runs.setdefault(key, dict(objective=key[0], seed=key[1], rows=[]))["rows"].append(row)
+    assert {o for o, _ in runs} == set(sear.OBJECTIVES) and {s for _, s in runs} == {1, 2, 3} and len(runs) == 15
+    shown = re.search(r"<!-- results -->\n(.*?)\n<!-- /results -->", README, re.S)[1].strip()
+    assert shown == evaluate.table(evaluate.columns_of(list(runs.values())))
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", README):
+        assert (ROOT / picture).read_bytes().startswith(b"\x89PNG")
+    assert "results/tradeoff.png" in README and "results/curves.png" in README
+
+
+def test_figures_in_the_text():
+    d = sear.CHECKPOINT_DEFAULTS
+    assert (d["learning_rate"], d["beta"], d["temperature"], d["max_new_tokens"]) == (1e-6, 0.001, 0.6, 4096)
+    assert "learning rate 1e-6, β 0.001, temperature 0.6, 4,096 new tokens" in README
+    assert (len(alchemy.REAGENTS), len(alchemy.HAZARDS), alchemy.CHAIN) == (20, 4, 5)
+    assert "20 reagents, 4 of them hazards" in README and "names five reagents" in README
+    assert "one prompt in ten is held out" in README
+
+
+def test_the_start_model_has_a_quarter_of_a_million_parameters(world):
+    assert 0.235e6 < sum(p.numel() for p in Transformer.from_scratch(world[0], 1).parameters()) < 0.265e6
+    assert "0.25 M parameters" in README
+
+
+def test_file_map_and_house_rules():
+    listed = re.search(r"## 4. The files\n\n```\n(.*?)```", README, re.S)[1]
+    named = [line.split()[0] for line in listed.splitlines()]
+    assert named[:8] == [f"{m}.py" for m in ("sear", "model", "rollout", "rewards", "data", "alchemy", "evaluate",
+                                              "checkpoint")]
+    assert all((ROOT / name).exists() for name in named)
+    for path in [ROOT / f"{m}.py" for m in CORE] + sorted((ROOT / "kernels").glob("*.py")):
+        source = path.read_text()
+        assert source.count("\n") <= 450, path
+        assert max(map(len, source.split("\n"))) <= 110, path
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, (path, node.name)
+            assert not (isinstance(node, ast.ExceptHandler) and node.type is None), path
+
+
+def test_imports_point_one_way():
+    order = {"data": 0, "kernels": 0, "model": 1, "checkpoint": 1, "rollout": 2, "alchemy": 3, "rewards": 4, "evaluate": 5,
+             "sear": 6}
+    for name in CORE:
+        for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
+            found = [a.name for a in node.names] if isinstance(node, ast.Import) else (
+                [node.module or ""] if isinstance(node, ast.ImportFrom) else [])
+            for module in found:
+                if module in order:
+                    assert order[module] < order[name], f"{name} imports {module}"
+    for path in (ROOT / "kernels").glob("*.py"):
+        assert not re.search(rf"^(from|import) ({'|'.join(CORE)})\b", path.read_text(), re.M), path
+
+
+def test_equations_have_the_numbers_of_the_readme():
+    numbered = re.findall(r"^\*\*\((\d)\)\*\*", README, re.M)
+    assert numbered == list("1234567")
+    code = {m: (ROOT / f"{m}.py").read_text() for m in ("rewards", "sear")}
+    for n in "2345":
+        assert re.search(rf"# \({n}\)", code["rewards"]), n
+    assert "Equation (1)" in code["rewards"] and "# (6)" in code["sear"] and "# (7)" in code["sear"]
+    assert Path(ROOT / "requirements.txt").read_text().startswith("torch==2.13.0\n")
