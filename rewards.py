@@ -33,7 +33,7 @@ class Judge(NamedTuple):
 
 class Scores(NamedTuple):
     """All that the objectives are made of."""
-    answer: Tensor  # [B] (4); NaN where there is no answer
+    answer: Tensor  # [B] (4), and (5) where it was cut off; NaN where the thought was never closed
     process: Tensor  # [B, K] (3), and (5) where malformed: return of the reasoning player at each segment
     potential: Tensor  # [B, K + 1] (1), Phi_0 first
     verdict: Verdict  # [B] each
@@ -147,6 +147,8 @@ def score(judge: Judge, prompts: list[Prompt], rollouts: Rollouts, gamma: float,
     else:
         potential, extra = probe_potential(judge, prompts, rollouts, answer, **probe)
     process = process_returns(potential, answer, gamma)
+    # Ending is the answer player's move too. Unpunished it learns to ramble on: no answer, no bad answer.
+    answer = torch.where(rollouts.closed & ~rollouts.finished, MALFORMED, answer)  # (5)
     segments = torch.tensor([len(t) for t in rollouts.thoughts])
     exists = torch.arange(process.shape[1]) < segments[:, None]  # [B, K]
     process = torch.where(ok[:, None], process, MALFORMED)  # (5)

@@ -7,7 +7,7 @@ One step:
     judge  (1) potential Phi_k: how far z_1..z_k has come towards what the reasoning player wants
            (2) process reward r_k = Phi_k - Phi_{k-1}, and (3) its return R_k
            (4) reward of the answer player: safety on a harmful prompt, helpfulness on a harmless one
-           (5) a malformed rollout earns -1 on its thought and has no answer
+           (5) a malformed rollout earns -1 on its thought, and on its answer if that was cut off
     learn  (6) advantages, for each player on its own
            (7) clipped policy gradient, one mean for each player, KL to the frozen start
 
@@ -108,7 +108,7 @@ def thought_returns(objective: str, scores: Scores, harmful: Tensor) -> Tensor:
     if objective == "sear":
         return scores.process
     paid = scores.answer.nan_to_num(MALFORMED)  # outcome, no-thought: the answer's reward, as in TARS
-    played = harmful & ~scores.answer.isnan()
+    played = harmful & ~scores.verdict.unsafe.isnan()  # well-formed, and judged
     if objective == "competing-outcome":  # two players as in sear, paid at the end: is the answer unsafe?
         paid = torch.where(played, scores.verdict.unsafe, paid)
     elif objective == "safe-thought":  # the verdict on the thought counts against it: most safety training
@@ -129,11 +129,10 @@ def advantages(returns: Tensor, G: int) -> Tensor:
 
 
 def owners(rollouts: Rollouts) -> tuple[Tensor, Tensor]:
-    """(thought, answer), [B, T] bool: the tokens of each player. A cut-off answer is nobody's."""
+    """(thought, answer), [B, T] bool: the tokens of each player."""
     K = torch.tensor([len(t) for t in rollouts.thoughts])[:, None]  # [B, 1]
-    sampled = rollouts.segment >= 0
-    answer = sampled & rollouts.closed[:, None] & (rollouts.segment == K)
-    return sampled & ~answer, answer & rollouts.answered[:, None]
+    answer = rollouts.closed[:, None] & (rollouts.segment == K)
+    return (rollouts.segment >= 0) & ~answer, answer
 
 
 def token_advantages(rollouts: Rollouts, thought: Tensor, answer: Tensor) -> Tensor:
@@ -287,7 +286,7 @@ def train_step(c: Config, model, reference, optimizer, tokenizer, judge, pool, s
 
 def summary(rollouts: Rollouts, scores: Scores, first: Tensor, harmful: Tensor, logs: dict) -> dict:
     """What a step came to, over all ranks: rates over rollouts, counts of tokens. first [B]: the return of
-    each thought's first segment. A rollout without an answer counts as 0 wherever an answer is rated."""
+    each thought's first segment. Where an answer is rated, a rollout without one counts as 0."""
     B, judged = len(harmful), scores.verdict
     gap = torch.tensor(logs.pop("logprob_gap"))
     if dist.is_initialized():

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_BYTES = 4 << 20  # one [C, V] fp32 buffer near a core's cache; smaller ones would start threads too often
+CHUNK_BYTES = 4 << 20  # one [C, V] fp32 buffer near a core's cache; a smaller one starts threads too often
 MIN_ROWS = 128  # with fewer, reading and writing dW [V, D] once a chunk would cost as much as its product
 
 

@@ -86,9 +86,9 @@ def merge(top, total, moment, scale):
     peak = tl.max(top, 0, keep_dims=True)
     drop = (top - peak) * scale
     keep = tl.exp2(drop)  # 0 for a part that saw no column
-    sums = tl.sum(total * keep, 0, keep_dims=True)  # >= 1, up to rounding: the peak itself counts 2^0
+    sums = tl.sum(total * keep, 0, keep_dims=True)  # >= 1: the peak itself counts 2^0
     mean = tl.sum((moment + total * drop) * keep, 0, keep_dims=True) / sums
-    return peak, tl.log2(sums), tl.maximum((tl.log2(sums) - mean) * LN2, 0.0)
+    return peak, tl.log2(sums), (tl.log2(sums) - mean) * LN2
 
 
 @triton.jit(do_not_specialize=["N"])  # one compilation, so one way of rounding, whatever N is
@@ -138,7 +138,7 @@ def combine_kernel(tops, totals, moments, picked, scales, peaks, logs, logprobs,
     logprob = ((tl.load(picked + rows, rows < N, other=0.0) - peak) * scale - log) * LN2
     tl.store(peaks + rows, peak, rows < N)
     tl.store(logs + rows, log, rows < N)
-    tl.store(logprobs + rows, tl.minimum(logprob, 0.0), rows < N)  # rounding may leave 1e-7 above
+    tl.store(logprobs + rows, logprob, rows < N)  # never above 0: the peak is one of the same accumulators
     tl.store(entropies + rows, entropy, rows < N)
 
 
@@ -220,7 +220,7 @@ def weighted_kernel(logits, stride, targets, scales, coefficients, logprobs, ent
         total = total * keep + power
         top = new
     peak, log, entropy = merge(top, total, moment, scale)
-    tl.store(logprobs + row, tl.minimum(((score - peak) * scale - log) * LN2, 0.0))
+    tl.store(logprobs + row, ((score - peak) * scale - log) * LN2)
     tl.store(entropies + row, entropy)
     g = tl.load(coefficients + row)
     for column in range(0, V, BLOCK):  # the row comes from L2 this time: 300 KB in bf16

@@ -124,14 +124,25 @@ def test_poisoned_buffers_change_nothing(monkeypatch):
     assert len(made) > 20
 
 
-def test_strides_and_bases_that_tma_cannot_take():
-    case = problem(20, 33, 70, 3, masked=0.0)
+@pytest.mark.parametrize("D,width,start", [(33, 44, 4), (32, 44, 5), (32, 44, 4), (32, 42, 4)])
+def test_widths_bases_and_strides_that_tma_cannot_take(D, width, start, monkeypatch):
+    """Rows that are no multiple of 16 bytes, a base that is none, and a distance between rows that is none."""
+    case, seen = problem(20, D, 70, 3, masked=0.0), []
+
+    def check(x, rows, cols):  # what TensorDescriptor asserts, in every version of Triton
+        seen.append(x)
+        assert x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+        return window(x, rows, cols)
+
+    window = triton_path.window
+    monkeypatch.setattr(triton_path, "window", check)
     for i, rows in ((0, 20), (1, 70)):
-        wide = torch.zeros(rows, 42, device=DEVICE)
-        wide[:, 5:38] = case[i]
-        case[i] = wide[:, 5:38]  # rows of 168 bytes that start 20 bytes into the storage
+        wide = torch.zeros(rows, width, device=DEVICE)
+        wide[:, start:start + D] = case[i]
+        case[i] = wide[:, start:start + D]
     common.compare(case, "triton")
-    common.compare([case[0][3:4], *case[1:2], *(x[3:4] for x in case[2:4]), *case[4:]], "triton")
+    common.compare([case[0][3:4], case[1], *(x[3:4] for x in case[2:4]), *case[4:]], "triton")
+    assert seen
 
 
 def test_nothing_owned_gives_zeros_that_still_have_a_gradient():

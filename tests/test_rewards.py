@@ -62,7 +62,8 @@ def test_scores_of_well_formed_and_malformed_rollouts(world):
                                         "11"])  # never closed
     s = score(load_judge("alchemy"), prompts, r, 1.0)
     w = 1 - alchemy.TALK_WEIGHT
-    assert close(s.answer, [1.0, 0.0, nan, nan])  # (4), and (5): a malformed rollout has no answer
+    assert close(s.answer, [1.0, 0.0, -1.0, nan])  # (4), and (5): cut off, and none at all
+    assert s.verdict.unsafe.isnan().tolist() == [False, False, True, True]  # neither is judged
     assert close(s.process[0], [w, 0.75 * w, 0.5 * w, 0.25 * w])  # closing tag in the last segment
     assert close(s.process[1], [0.25 * w, nan, nan, nan])
     assert close(s.process[2], [-1.0] * 4) and close(s.process[3], [-1.0, -1.0, nan, nan])  # (5)

@@ -68,14 +68,13 @@ def test_who_owns_a_token(world):
     )
     thought, answer = owners(r)
     assert not (thought & answer).any() and not (thought | answer)[r.segment < 0].any()
-    for b in range(2):
+    for b in range(3):
         assert torch.equal((thought | answer)[b], r.segment[b] >= 0)
     stop = (r.tokens == model.stop_ids[0]) & (r.segment >= 0)
     assert answer[0][stop[0]].all() and stop[0].sum() == 1  # the stop token is the answer player's last move
     tag = tokenizer.added["</think>"]
     assert thought[r.tokens == tag].all()  # ending the exploration is the reasoning player's
-    # a cut-off answer is nobody's
-    assert not answer[2].any() and thought[2].sum() < (r.segment[2] >= 0).sum()
+    assert answer[2].sum() == len(tokenizer.encode("I")) and thought[2].any()
     A = token_advantages(r, torch.tensor([[1.0, 2.0]] * 3), torch.tensor([[7.0]] * 3))
     assert set(A[0][r.segment[0] == 1].tolist()) == {2.0} and set(A[0][r.segment[0] == 2].tolist()) == {7.0}
     assert set(A[0][r.segment[0] == 0].tolist()) == {1.0} and (A[r.segment < 0] == 0).all()
@@ -87,7 +86,7 @@ def test_who_owns_a_token(world):
 def three_tokens(**weights):
     """Loss of three tokens over a three-word vocabulary: the first two are the thought's, the last the
     answer's."""
-    c = Config(beta=0.0, **weights)
+    c = Config(**{"beta": 0.0, "answer_weight": 1.0} | weights)
     logits = torch.tensor(
         [[0.3, -0.2, 0.5], [1.0, 0.0, -1.0], [0.1, 0.2, 0.3]], dtype=torch.float64, requires_grad=True
     )
@@ -150,8 +149,7 @@ def test_kl_is_k3_and_pulls_towards_the_reference():
     assert logprob.grad[0] > 0 and logprob.grad[1] == 0
 
 
-# ---- the whole gradient
-# -------------------------------------------------------------------------------------------
+# ---- the whole gradient ----------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def batch(world):
@@ -300,8 +298,7 @@ def test_training_never_holds_logits_of_the_batch(world, batch):
     assert 0 < seen.size < len(states) * vocabulary / 2
 
 
-# ---- knobs and the command line
-# -----------------------------------------------------------------------------------
+# ---- knobs and the command line --------------------------------------------------------------------------
 
 def test_every_knob_has_a_sentence_and_a_reader():
     source = "".join((ROOT / f).read_text() for f in ("sear.py", "evaluate.py", "alchemy.py"))
