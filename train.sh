@@ -7,7 +7,11 @@
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 
-has_packages() { "$1" -c 'import torch, numpy, tiktoken, safetensors, tqdm, jinja2, pytest' 2>/dev/null; }
+has_packages() {
+    "$1" -c 'import sys; from importlib.util import find_spec as find
+packages = "torch numpy tiktoken safetensors tqdm jinja2 pytest".split()
+sys.exit(any(find(p) is None for p in packages))' 2>/dev/null
+}
 
 python=${PYTHON:-python3}
 if ! has_packages "$python"; then

@@ -27,7 +27,7 @@ from kernels import chunked, segment_logprobs, weighted_logprob  # noqa: E402
 
 RESULTS = ROOT / "kernels/RESULTS.md"
 VOCABULARY = 151936  # Qwen2.5 up to 3B
-UNPROVEN = "**No GPU has run these kernels yet.**"  # stands in RESULTS.md until this file has run on one
+UNPROVEN = "**No GPU has run these kernels yet.**\n\n"  # stands in RESULTS.md until this file has run on one
 SECONDS = 1.0  # for each time on a GPU: between 3 and 20 runs, of which the median counts
 
 
@@ -175,7 +175,7 @@ def gpu_time(run) -> float:
     """Median milliseconds, each run with a cold L2."""
     flush, times = torch.empty(256 << 20, dtype=torch.int8, device="cuda"), []
     while len(times) < 3 or (sum(times) < 1000 * SECONDS and len(times) < 20):
-        flush.zero_()
+        flush.zero_()  # in training other layers have filled the L2 in between
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         run()
@@ -198,7 +198,7 @@ def gpu_measure(forward, h, w, g, operations, ceiling) -> list[str]:
     torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated()
     both()
-    extra = torch.cuda.max_memory_allocated() - held - h.nbytes - w.nbytes
+    extra = torch.cuda.max_memory_allocated() - held - h.nbytes - w.nbytes  # gradients have the inputs' sizes
     with torch.no_grad():
         alone = gpu_time(forward)
     ms = gpu_time(both)
@@ -226,7 +226,7 @@ def gpu_case(T, D, masked, peaked, found) -> list[str]:
     g, rows = torch.randn(T, device="cuda"), (segment >= 0).nonzero()[:, 0]
     hc, yc, gc = h.detach()[rows].requires_grad_(), y[rows], g[rows]  # [N, D] peers get them for free
     operations = 8 * len(rows) * VOCABULARY * D
-    ceiling = gpu_time(lambda: products(hc, w, len(hc), 8448))
+    ceiling = gpu_time(lambda: products(hc, w, len(hc), 8448))  # the chunk that the kernels use at N = 16k
     cells = "peaked" if peaked else "random", D, T, masked
     one = torch.ones((), device="cuda")
     runs = {"SEAR": (lambda: segment_logprobs(h, w, y, segment).logprob, h, w, g),
@@ -261,7 +261,7 @@ def gpu_bits() -> str:
         total = (out.logprob * mixed).sum() + out.segment_logprob.tanh().sum()
         return [out.logprob, out.segment_logprob, *torch.autograd.grad(total, (h, w))]
 
-    first = run()
+    first = run()  # a race or an atomic would show as a bit that differs now and then
     equal = sum(all(map(torch.equal, first, run())) for _ in range(19))
     return f"Of 19 further runs, {equal} gave the bits of the first: log-probs, segment sums, dH and dW."
 
@@ -308,7 +308,7 @@ def cpu_times(T, V, D, runs) -> str:
     times = [[] for _ in ways]
     for _ in range(runs):
         for run, spent in zip(ways, times):
-            h.grad = w.grad = None
+            h.grad = w.grad = None  # adding to a gradient would be timed too
             start = time.perf_counter()
             run()
             spent.append(1000 * (time.perf_counter() - start))
@@ -336,7 +336,7 @@ def cpu_report() -> list[str]:
     gaps = errors(lambda h, w, y: segment_logprobs(h, w, y, segment).logprob, h, w, y, g, truth(h, w, y, g))
     lines = ["The chunked path in fp32. Errors against float64 at T = 300, V = 5003, dH and dW over their",
              "largest entry: log-probs {} nats, dH {}, dW {}.".format(*gaps), "",
-             "Forward and backward in ms, and as a multiple of the products alone:",
+             "Forward and backward in ms, and over the products alone (8NVD; one pass needs 6NVD of them):",
              *head("T", "V", "D", "products alone", "chunked", "one pass", "definition, holds [T, V]")]
     for shape in ((512, VOCABULARY, 896, 5), (2048, 32000, 512, 9), (10000, 350, 96, 60)):
         lines.append(cpu_times(*shape))
@@ -356,7 +356,7 @@ def main() -> None:
     versions = f"torch {torch.__version__}, triton {triton}, Python {platform.python_version()}"
     title = f"## {datetime.date.today()}: {name}; {versions}"
     text = "\n".join(["", title, "", *(gpu_report() if cuda else cpu_report()), ""])
-    before = RESULTS.read_text()
+    before = RESULTS.read_text()  # sections are only ever added
     RESULTS.write_text((before.replace(UNPROVEN, "") if cuda else before) + text)
     print(text)
 

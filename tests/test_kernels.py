@@ -269,9 +269,9 @@ def memory(T, V, D, masked):
 
 
 def test_memory_does_not_grow_with_tokens_times_vocabulary():
-    T, V, D = 2048, 2001, 16
+    T, V, D = 4096, 2001, 16
     seen = memory(T, V, D, 0.0)
-    assert seen.largest < T * V * 4 / 6  # the [T, V] fp32 logits would be 16 MB
+    assert seen.largest < T * V * 4 / 6  # the [T, V] fp32 logits would be 33 MB
     buffers = 2 * chunked.chunks(T, V)[0].stop * V * 4
     assert seen.peak < buffers + 6 * T * D * 4 + 2 * V * D * 4 + 20 * T * 8  # rows, gradients and [T] vectors
     assert memory(2 * T, V, D, 0.0).peak - seen.peak < T * V * 4 / 20

@@ -35,7 +35,8 @@ def machine_code(kernel) -> dict:
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
     names = ("STL", "LDL", "HGMMA", "HMMA", "UTMALDG", "UTMASTG")
     return dict({name: len(re.findall(rf"\b{name}\b", text)) for name in names},
-                stack=int(re.search(r"STACK:(\d+)", text)[1]), shared=kernel.metadata.shared,
+                stack=int(re.search(r"STACK:(\d+)", text)[1]),
+                shared=kernel.metadata.shared, hash=kernel.hash,
                 double="f64" in kernel.asm["ttir"],
                 atomics=len(re.findall(r"\b(?:atom|red)\.", kernel.asm["ptx"])))
 
@@ -61,11 +62,12 @@ def compile_everything(dtype: torch.dtype, shared: int, vocabulary: int) -> None
 
     JITFunction.run = stop_before_launch
     path.product = lambda *args, **kwargs: None  # cuBLAS is not here
-    hidden = torch.zeros(4, 64, dtype=dtype, requires_grad=True)  # only V changes what is compiled
+    hidden = torch.zeros(4, 64, dtype=dtype, requires_grad=True)
     weight = torch.zeros(vocabulary, 64, dtype=dtype)
     ids, ones = torch.zeros(4, dtype=torch.long), torch.ones(4)
     logprob, entropy = path.LogprobEntropy.apply(hidden, weight, ids, ones)
     if shared == 227:
+        path.forward(hidden.detach()[:1], weight, ids[:1], ones[:1])  # another N: nothing may change
         logprob.sum().backward(retain_graph=True)  # without the entropy's gradient
         path.segment_sum(logprob.detach(), ids, 1)
     (logprob + entropy).sum().backward()
@@ -109,6 +111,13 @@ def test_every_kernel_was_compiled(compiled):
     assert shipped == {kernel["name"] for kernels in compiled.values() for kernel in kernels}
     bf16 = [kernel["name"] for kernel in compiled[CASES[0]]]
     assert bf16.count("dlogits_kernel") == 2  # with the entropy's gradient and without
+
+
+def test_one_compilation_serves_every_number_of_rows(compiled):
+    """Else a row alone could have other bits than in a batch, from code that was compiled differently."""
+    for name in ("forward_kernel", "combine_kernel"):
+        hashes = [kernel["hash"] for kernel in compiled[CASES[0]] if kernel["name"] == name]
+        assert len(hashes) == 2 and len(set(hashes)) == 1
 
 
 if __name__ == "__main__":
