@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from data import InputError, Tokenizer
+from kernels import segment_logprobs
 from model import Cache, Transformer
 
 OPEN, CLOSE = "<think>\n", "</think>"  # the opening tag ends the prompt; the closing one is sampled
@@ -83,6 +84,16 @@ def draw(logits: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Tensor]
     return token[:, 0], logprob.gather(1, token)[:, 0]
 
 
+def choose(model: Transformer, states: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """states [B, D], u [B] -> token [B], log-prob [B] fp32. On CUDA the log-prob comes from the learner's own
+    kernel, whose bits do not depend on the batch; on the CPU the two agree to the last digits anyway."""
+    token, logprob = draw(model.head(states), u, temperature)
+    if states.is_cuda:
+        weight = model.head.weight if model.head.cast is None else model.head.cast
+        logprob = segment_logprobs(states, weight, token, torch.zeros_like(token), 1, temperature).logprob
+    return token, logprob
+
+
 def encode_chat(tokenizer: Tokenizer, text: str, closed: bool = False,
                 after_answer: bool = False) -> list[int]:
     """Tokens of a user message in the folder's template, up to and with the opening tag (closed: and an empty
@@ -135,10 +146,10 @@ def sample(model: Transformer, prompts: list[list[int]], tokenizer: Tokenizer, *
             part = slice(i, i + per_part)
             u = uniforms(seed, step, np.asarray(prompt_ids[part])[:, None, None],
                          np.arange(group_size)[:, None], np.arange(max_new_tokens))  # [P, G, N]
-            cache, logits, ran = prefill_group(model, full[part], group_size, max_new_tokens)
+            cache, states, ran = prefill_group(model, full[part], group_size, max_new_tokens)
             column = cache.length
-            archive = model.new_cache(len(logits), cache.valid.shape[1]) if keep_cache else None
-            sampled = decode(model, cache, logits, torch.from_numpy(u).flatten(0, 1), temperature, archive)
+            archive = model.new_cache(len(states), cache.valid.shape[1]) if keep_cache else None
+            sampled = decode(model, cache, states, torch.from_numpy(u).flatten(0, 1), temperature, archive)
             parts.append(assemble(sampled, full[part], i, prefill[part], in_answer, group_size, tokenizer,
                                   model.stop_ids))
             parts[-1].prefilled_tokens, parts[-1].columns[:] = ran, column
@@ -148,7 +159,7 @@ def sample(model: Transformer, prompts: list[list[int]], tokenizer: Tokenizer, *
 
 def prefill_group(model: Transformer, prompts: list[list[int]], G: int, room: int):
     """Runs every distinct prompt through the model once, left-padded, and expands its cache rows to G
-    rollouts each. -> cache of B rows with `room` free columns, first logits [B, V], tokens run."""
+    rollouts each. -> cache of B rows with `room` free columns, last states [B, D], tokens run."""
     distinct = {p: i for i, p in enumerate(dict.fromkeys(map(tuple, prompts)))}
     width = max(map(len, prompts))
     tokens = torch.zeros(len(distinct), width, dtype=torch.long)
@@ -158,10 +169,10 @@ def prefill_group(model: Transformer, prompts: list[list[int]], G: int, room: in
     cache = model.new_cache(len(distinct), width + room)
     states = model.hidden(tokens.to(model.device), real.to(model.device), cache)[:, -1]  # [U, D]
     row = torch.tensor([distinct[tuple(p)] for p in prompts]).repeat_interleave(G).to(model.device)  # [B]
-    return cache.rows(row), model.head(states)[row], sum(map(len, distinct))
+    return cache.rows(row), states[row], sum(map(len, distinct))
 
 
-def decode(model: Transformer, cache: Cache, logits: Tensor, u: Tensor, temperature: float,
+def decode(model: Transformer, cache: Cache, states: Tensor, u: Tensor, temperature: float,
            archive: Cache | None = None) -> tuple[Tensor, Tensor, Tensor, int]:
     """The loop: B rows, at most N tokens each, from u [B, N] float64. Finished rows leave the batch.
     -> tokens [B, N], log-probs [B, N], length [B] (stop token included), row-steps."""
@@ -175,7 +186,7 @@ def decode(model: Transformer, cache: Cache, logits: Tensor, u: Tensor, temperat
     running = torch.ones(B, dtype=torch.bool, device=device)  # [rows]
     row_steps = 0
     for t in range(N):
-        token, lp = draw(logits, u[live, t], temperature)  # [rows]
+        token, lp = choose(model, states, u[live, t], temperature)  # [rows]
         now = live[running]
         out[now, t], logprob[now, t] = token[running], lp[running]
         ended = running & torch.isin(token, stop)
@@ -191,7 +202,7 @@ def decode(model: Transformer, cache: Cache, logits: Tensor, u: Tensor, temperat
             keep = running.argsort(descending=True, stable=True)[:max(count, MIN_ROWS)]
             cache, live, token, running = cache.rows(keep), live[keep], token[keep], running[keep]
         row_steps += len(live)
-        logits = model.head(model.hidden(token[:, None], cache=cache)[:, 0])  # [rows, V]
+        states = model.hidden(token[:, None], cache=cache)[:, 0]  # [rows, D]
     return out.cpu(), logprob.cpu(), length.cpu(), row_steps
 
 
@@ -297,12 +308,12 @@ def force_answers(model: Transformer, rollouts: Rollouts, tokenizer: Tokenizer, 
                 column = torch.arange(fork.valid.shape[1])
                 fork.valid &= (column < (rollouts.columns[row] + kept)[:, None]).to(model.device)  # [F, S]
                 tag = torch.tensor([closing] * len(row), device=model.device)
-                logits = model.head(model.hidden(tag, cache=fork)[:, -1])  # [F, V]
+                states = model.hidden(tag, cache=fork)[:, -1]  # [F, D]
                 again = torch.arange(len(row), device=model.device).repeat_interleave(samples)
                 u = uniforms(seed, step, np.asarray(prompt_ids)[row // group][:, None, None],
                              (row % group).numpy()[:, None, None], kept.numpy()[:, None, None],
                              np.arange(samples)[:, None], np.arange(max_new_tokens))  # [F, samples, N]
-                out, _, length, _ = decode(model, fork.rows(again), logits[again],
+                out, _, length, _ = decode(model, fork.rows(again), states[again],
                                            torch.from_numpy(u).flatten(0, 1), temperature)
                 whole = [o[:n].tolist() for o, n in zip(out, length.tolist())]
                 texts = [tokenizer.decode(o[:-1]) if o[-1] in model.stop_ids else "" for o in whole]

@@ -7,8 +7,9 @@ from helpers import FIXTURES, made_rollouts
 
 import alchemy
 from data import InputError, Tokenizer
+from kernels import segment_logprobs
 from model import Transformer
-from rollout import CLOSE, OPEN, cut, draw, encode_chat, force_answers, sample, uniforms
+from rollout import CLOSE, OPEN, choose, cut, draw, encode_chat, force_answers, sample, uniforms
 
 
 @pytest.fixture(scope="module")
@@ -261,3 +262,13 @@ def test_made_rollouts_know_who_is_well_formed(world):
     ]
     assert r.answered.tolist() == [True, False, False, False]
     assert r.answers == ["I", "", "", ""] and r.thoughts[0] == ["a\n\n", "b</think>\n\n"]
+
+
+def test_the_samplers_logprob_is_the_learners(world):
+    """What `choose` takes on CUDA, the learner's kernel, says what `draw` says."""
+    _, _, model = world
+    states = torch.randn(40, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    u = torch.from_numpy(uniforms(3, np.arange(40)))
+    token, logprob = choose(model, states, u, 0.8)
+    again = segment_logprobs(states, model.head.weight, token, torch.zeros_like(token), 1, 0.8).logprob
+    assert torch.allclose(logprob, again, atol=1e-5) and torch.equal(token, draw(model.head(states), u, 0.8)[0])
