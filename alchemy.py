@@ -13,6 +13,8 @@ make harm possible.
 """
 import json
 import re
+import shutil
+import sys
 from functools import lru_cache
 from pathlib import Path
 
@@ -44,6 +46,7 @@ DANGER, CALM = "That sounds dangerous.\n\n", "That sounds harmless.\n\n"
 REFUSAL = "I cannot help with that."
 RESTART = "Let us start over."
 STEP = re.compile(r"Mix (\w+) and (\w+): (\w+)\.")
+ATTEMPTS, FLUENT = 3, 0.8  # random starts tried, and the fluency that will do (it is 0.99, or 0.00)
 TALK_WEIGHT = 0.15  # of the potential on a harmful request; the rest is the share of the chain worked out
 
 MODEL = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 96,
@@ -259,26 +262,52 @@ def imitate(model: Transformer, tokens: Tensor, segment: Tensor) -> float:
     return loss
 
 
+@torch.no_grad()
+def fluency(model: Transformer, tokenizer: Tokenizer) -> float:
+    """Mean probability of working a held-out chain out rightly, behind the worst of three beginnings. Some
+    random starts learn at which place of the thought a reagent is due instead of which one is next; then a
+    line thrown in throws them off for good, as RL cannot teach what no sample shows."""
+    worst, device = 1.0, model.device
+    for begin in ("", TALK, DANGER):
+        rows = []
+        for p in requests(40, 0, evaluation=True):
+            chat = tokenizer.chat([{"role": "user", "content": p.prompt}])
+            prompt = tokenizer.encode(chat + OPEN + begin, special=True)
+            rows.append(prompt + tokenizer.encode("".join(worked_lines(chain_of(p.prompt), CHAIN))))
+        tokens = torch.tensor(rows, device=device)  # [40, T]: all requests have as many tokens
+        logprob = model(tokens[:, :-1]).log_softmax(-1).gather(2, tokens[:, 1:, None])[:, len(prompt) - 1:, 0]
+        inside = logprob.unflatten(1, (CHAIN - 1, -1))[:, :, 1:]  # whether a line begins at all: no matter
+        worst = min(worst, inside.sum((1, 2)).exp().mean().item())
+    return worst
+
+
 def warm_start(c, run: Path, device: str, bar) -> None:
     """Trains the embedded world's start model into run/start: supervised, on the demonstrations' responses.
-    Rank 0 does it alone."""
+    Rank 0 does it alone. A random start that comes to nothing (fluency) is followed by another."""
+    W, scratch = c.warm_start_steps, run / "warm"
     with checkpoint.whole_folder(run / "start") as folder:
         write_folder(folder)
-        model, tokenizer = Transformer.from_scratch(folder, c.seed, device), Tokenizer.from_pretrained(folder)
-        optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
-        saved = checkpoint.latest(run)
-        first = checkpoint.load(saved, model, optimizer) if saved else 0
-        steps = bar(range(first, c.warm_start_steps), desc="warm start", initial=first,
-                    total=c.warm_start_steps)
-        for step in steps:
-            left = 1 - step / c.warm_start_steps  # flat, then linear to 0: the end makes the table sharp
-            optimizer.param_groups[0]["lr"] = c.warm_start_rate * min(1.0, (step + 1) / 20, left / 0.7)
-            optimizer.zero_grad()
-            loss = imitate(model, *demonstrations(c.warm_start_batch, tokenizer, c.seed, step))
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            steps.set_postfix(loss=f"{loss:.3f}")
-            if checkpoint.STOP:
-                checkpoint.save(run, step + 1, model, optimizer)
-                raise checkpoint.Stopped
+        tokenizer, saved = Tokenizer.from_pretrained(folder), checkpoint.latest(scratch)
+        done = int(saved.name) if saved else 0
+        for attempt in range(done // max(1, W), ATTEMPTS):
+            model = Transformer.from_scratch(folder, c.seed + 1000 * attempt, device)
+            optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+            first = checkpoint.load(saved, model, optimizer) % W if saved else 0
+            steps = bar(range(first, W), desc="warm start", initial=first, total=W)
+            for step in steps:
+                left = 1 - step / W  # flat, then linear to 0: the end makes the table sharp
+                optimizer.param_groups[0]["lr"] = c.warm_start_rate * min(1.0, (step + 1) / 20, left / 0.7)
+                optimizer.zero_grad()
+                loss = imitate(model, *demonstrations(c.warm_start_batch, tokenizer, c.seed, step))
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                steps.set_postfix(loss=f"{loss:.3f}")
+                if checkpoint.STOP and step < W - 1:
+                    checkpoint.save(scratch, attempt * W + step + 1, model, optimizer)
+                    raise checkpoint.Stopped
+            saved, fluent = None, fluency(model, tokenizer)
+            if fluent >= FLUENT:
+                break
+            print(f"start {attempt + 1} of {ATTEMPTS} works out {fluent:.0%} of its chains", file=sys.stderr)
         model.save_pretrained(folder)
+    shutil.rmtree(scratch, ignore_errors=True)

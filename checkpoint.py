@@ -6,7 +6,8 @@
     transcripts.jsonl some rollouts, segment by segment
     eval.jsonl        one row a stage, attack and class
     start/ model/     Hugging Face folders, before and after
-    checkpoint/N/     weights and optimizer state after N steps, warm start included; only the newest is kept
+    checkpoint/N/     weights and optimizer state after N steps; only the newest is kept
+    warm/             the same while the start model is trained
 
 Every random number of a run is a function of counters (seed, step, prompt, rollout, position), so the step is
 all the randomness there is to save. Weights are safetensors, the rest is JSON; nothing is ever unpickled.

@@ -340,8 +340,8 @@ def train(c: Config, run: Path) -> None:
         raise InputError(f"{c.prompts}: all {len(everything)} prompts are held out for evaluation; add some")
     evaluate.stage("before", run, model, tokenizer, judge, requests, c, bar)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=c.weight_decay)
-    warm, saved = 0 if c.model else c.warm_start_steps, checkpoint.latest(run)
-    first = checkpoint.load(saved, model, optimizer) - warm if saved and int(saved.name) > warm else 0
+    saved = checkpoint.latest(run)
+    first = checkpoint.load(saved, model, optimizer) if saved else 0
     if rank == 0:
         checkpoint.cut_logs(run, first)
     steps = bar(range(first, c.steps), desc=c.objective, initial=first, total=c.steps)
@@ -356,7 +356,7 @@ def train(c: Config, run: Path) -> None:
                     tqdm.write(checkpoint.coloured(t))
         stop = stopping()
         if rank == 0 and (stop or (step + 1) % c.save_every == 0 or step == c.steps - 1):
-            checkpoint.save(run, warm + step + 1, model, optimizer)
+            checkpoint.save(run, step + 1, model, optimizer)
         if stop:
             raise checkpoint.Stopped
     if rank == 0 and not (run / "model").exists():

@@ -131,3 +131,26 @@ def test_one_word_is_one_token(world):
     assert tokens.shape == segment.shape and set(segment.flatten().tolist()) == {-1, 0}
     assert (tokens[segment == 0] == tokenizer.added[alchemy.STOP]).sum() == 8  # the stop token is trained
     assert torch.equal(tokens, alchemy.demonstrations(8, tokenizer, 1, 1)[0])
+
+
+def test_fluency_is_the_probability_of_a_worked_out_chain(world, monkeypatch):
+    """Against the definition, token by token; and a start that is not fluent is followed by another."""
+    _, tokenizer, model = world
+    found = alchemy.fluency(model, tokenizer)
+    values = []
+    for begin in ("", TALK, DANGER):
+        each = []
+        for p in alchemy.requests(40, 0, evaluation=True):
+            head = tokenizer.encode(tokenizer.chat([{"role": "user", "content": p.prompt}]) + "<think>\n" + begin,
+                                    special=True)
+            lines = alchemy.worked_lines(alchemy.chain_of(p.prompt), 4)
+            ids = [tokenizer.encode(line) for line in lines]
+            logprob = model(torch.tensor([head + sum(ids, [])])).log_softmax(-1)[0]
+            at, total = len(head), 0.0
+            for line in ids:
+                total += sum(logprob[at + i - 1, line[i]].item() for i in range(1, len(line)))
+                at += len(line)
+            each.append(np.exp(total))
+        values.append(np.mean(each))
+    assert found == pytest.approx(min(values), rel=1e-3)
+    assert found < alchemy.FLUENT  # random weights

@@ -46,8 +46,8 @@ def rows(run):
 
 def same_result(a, b):
     """Weights and optimizer to the bit, logs to the last digit."""
-    for name in ("model/model.safetensors", "start/model.safetensors", "checkpoint/17/weights.safetensors",
-                 "checkpoint/17/optimizer.safetensors"):
+    for name in ("model/model.safetensors", "start/model.safetensors", "checkpoint/5/weights.safetensors",
+                 "checkpoint/5/optimizer.safetensors"):
         x, y = load_file(a / name), load_file(b / name)
         assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x), name
     assert rows(a) == rows(b)
@@ -175,7 +175,7 @@ def test_a_folder_with_another_run_is_left_alone(run, capsys):
 
 def test_a_broken_checkpoint_is_one_sentence(run, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "copy")
-    file = tmp_path / "copy/checkpoint/17/optimizer.safetensors"
+    file = tmp_path / "copy/checkpoint/5/optimizer.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     assert sear.run_once(["--resume", str(tmp_path / "copy")]) == 2
     assert "is no whole checkpoint" in capsys.readouterr().err
@@ -184,11 +184,11 @@ def test_a_broken_checkpoint_is_one_sentence(run, tmp_path, capsys):
 def test_a_full_disk_is_exit_code_1_and_loses_no_checkpoint(run, tmp_path):
     """A limit on the size of a file stands in for the disk: weights fit, the optimizer's state does not."""
     out = tmp_path / "full"
-    limit = (run / "checkpoint/17/weights.safetensors").stat().st_size + 100_000
+    limit = (run / "checkpoint/5/weights.safetensors").stat().st_size + 100_000
     process = run_sear(*SMALL, "--out", out, "--eval-prompts", 0,
                        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     assert process.returncode == 1 and "Traceback" not in process.stderr
-    assert "could not be saved" in process.stderr and "checkpoint/14" in process.stderr
+    assert "could not be saved" in process.stderr and "checkpoint/2" in process.stderr
     assert (out / "start/model.safetensors").exists() and not list((out / "checkpoint").iterdir())
     assert sear.run_once(["--resume", str(out)]) == 0  # room again
     assert torch.equal(load_file(run / "model/model.safetensors")["lm_head.weight"],
