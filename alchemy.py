@@ -264,13 +264,13 @@ def imitate(model: Transformer, tokens: Tensor, segment: Tensor) -> float:
 
 @torch.no_grad()
 def fluency(model: Transformer, tokenizer: Tokenizer) -> float:
-    """Mean probability of working a held-out chain out rightly, behind the worst of three beginnings. Some
-    random starts learn at which place of the thought a reagent is due instead of which one is next; then a
-    line thrown in throws them off for good, as RL cannot teach what no sample shows."""
+    """Mean probability of working a training chain out rightly, at the beginning of the thought or behind an
+    idle line, the lower. Some random starts learn at which place of the thought a reagent is due, not
+    which is next; a line thrown in throws them off for good, as RL cannot teach what no sample shows."""
     worst, device = 1.0, model.device
-    for begin in ("", TALK, DANGER):
+    for begin in ("", CALM):
         rows = []
-        for p in requests(40, 0, evaluation=True):
+        for p in requests(40, 0):
             chat = tokenizer.chat([{"role": "user", "content": p.prompt}])
             prompt = tokenizer.encode(chat + OPEN + begin, special=True)
             rows.append(prompt + tokenizer.encode("".join(worked_lines(chain_of(p.prompt), CHAIN))))

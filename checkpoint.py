@@ -17,7 +17,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import platform
 import shutil
 import sys
@@ -26,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -34,11 +34,19 @@ from data import InputError, as_json, read_text
 
 LOGS = ("metrics.jsonl", "transcripts.jsonl")  # cut back to the checkpoint when a run is continued
 NOT_COMPARED = ("resume", "out", "device")  # where a run lives and runs is no part of what it is
-STOP: list[int] = []  # signals received; looked at between steps
+STOP: list[int] = []  # signals received; looked at between steps and between attacks
 
 
 class Stopped(Exception):
     """A signal asked the run to end, and all is saved."""
+
+
+def stopping() -> bool:
+    """Whether any rank was asked to stop: all of them have to leave at the same place."""
+    asked = torch.tensor(len(STOP))
+    if dist.is_initialized():
+        dist.all_reduce(asked)
+    return bool(asked)
 
 
 class SaveError(OSError):
@@ -48,7 +56,7 @@ class SaveError(OSError):
 @contextlib.contextmanager
 def whole_folder(folder: Path):
     """Yields a temporary folder that takes the place of `folder` if the block ends well, else vanishes."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary = folder.with_name(f".{folder.name}.tmp")  # what a killed process left of it goes first
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -94,8 +102,25 @@ def rows(file: Path) -> list[dict]:
 
 
 def open_run(folder: Path, config: dict, resume: bool) -> None:
-    """Makes the run folder, or raises InputError where the one there is not this run to be continued."""
+    """Makes the run folder, or raises InputError, on every rank, where the one there is not this run to be
+    continued."""
+    error = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            make_run(folder, config, resume)
+        except InputError as e:
+            error = e
+    failed = torch.tensor(int(error is not None))
+    if dist.is_initialized():
+        dist.all_reduce(failed)
+    if failed:
+        raise error or InputError(f"rank 0 could not open {folder}")
+
+
+def make_run(folder: Path, config: dict, resume: bool) -> None:
     file = folder / "config.json"
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--out {folder} is no folder")
     if file.exists():
         stored = as_json(file, read_text(file))
         other = [k for k in config if k not in NOT_COMPARED and stored.get(k) != config[k]]
@@ -140,8 +165,8 @@ def read_flags(arguments: list[str], config: type, description: str, presets: di
             given = presets[flag] | given
     for name, value in given.items():
         low, high = knobs[name].metadata["low"], knobs[name].metadata["high"]
-        if isinstance(value, (int, float)) and not low <= value <= high:
-            expected = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+        if isinstance(value, (int, float)) and not (low <= value <= high and math.isfinite(value)):
+            expected = f"a number, at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
             raise InputError(f"--{name.replace('_', '-')} must be {expected}, got {value}")
     return given
 
@@ -203,13 +228,13 @@ def cut_logs(run: Path, steps: int) -> None:
         write(run / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
 
 
-def transcript(step: int, prompt, b: int, rollouts, scores, thought: Tensor, answer: Tensor) -> dict:
+def transcript(step: int, prompt, b: int, rollouts, scores, returns: Tensor, thought: Tensor, answer: Tensor):
     """One rollout, segment by segment, with what each was worth."""
     def number(x):  # NaN is no JSON
         return None if math.isnan(x) else round(float(x), 4)
     K = len(rollouts.thoughts[b])
     segments = [{"player": "reasoning", "text": text, "potential": number(scores.potential[b, k + 1]),
-                 "return": number(scores.process[b, k]),
+                 "return": number(returns[b, min(k, returns.shape[1] - 1)]),
                  "advantage": number(thought[b, min(k, thought.shape[1] - 1)])}
                 for k, text in enumerate(rollouts.thoughts[b])]
     segments += [{"player": "answer", "text": text, "return": number(scores.answer[b]),

@@ -67,8 +67,9 @@ def parse_config(raw: dict, where: str = "config.json") -> Config:
         raise InputError(f"{where}: hidden_act '{raw['hidden_act']}' is not supported, expected 'silu'")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise InputError(f"{where}: rope type '{kind}' is not supported, expected 'default' or 'llama3'")
+    scaled = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+    if kind not in ("default", "llama3") or kind == "llama3" and scaled - rope.keys():
+        raise InputError(f"{where}: rope type '{kind}' is not supported, or lacks one of {sorted(scaled)}")
     layers, heads = need("num_hidden_layers"), need("num_attention_heads")
     kv_heads = raw.get("num_key_value_heads") or heads
     if heads % kv_heads:
@@ -96,12 +97,16 @@ def parse_config(raw: dict, where: str = "config.json") -> Config:
 def read_configs(folder: Path) -> tuple[Config, dict]:
     """config.json parsed, and generation_config.json as it is ({} where there is none)."""
     file, generation = folder / "config.json", folder / "generation_config.json"
-    return (parse_config(as_json(file, read_text(file)), str(file)),
-            as_json(generation, read_text(generation)) if generation.exists() else {})
+    raw = as_json(file, read_text(file))
+    try:
+        config = parse_config(raw, str(file))
+    except (TypeError, AttributeError, KeyError, ZeroDivisionError) as error:  # "2" for 2, say
+        raise InputError(f"{file} should be as transformers writes it, found {error!r}") from None
+    return config, as_json(generation, read_text(generation)) if generation.exists() else {}
 
 
 def attention_windows(raw: dict, family: str, layers: int) -> list[int | None]:
-    """Sliding window of each layer. Qwen sets `sliding_window` and yet has `use_sliding_window` false."""
+    """Sliding window of each layer. Qwen may set one and have `use_sliding_window` false."""
     window = raw.get("sliding_window")
     used = family == "Mistral" or family != "Llama" and raw.get("use_sliding_window", False)
     if window is None or not used:
@@ -180,8 +185,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Cache | None,
-                layer: int):
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Cache | None, layer):
         B, T, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # [B, H, T, E]
         k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # [B, J, T, E]
@@ -223,8 +227,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Cache | None,
-                layer: int):
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Cache | None, layer):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, layer)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -266,14 +269,12 @@ class Transformer(nn.Module):
     def compute_dtype(self) -> torch.dtype:
         return self.dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
 
-    def forward(self, tokens: Tensor, attention_mask: Tensor | None = None,
-                cache: Cache | None = None) -> Tensor:
+    def forward(self, tokens, attention_mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """tokens [B, T] (and attention_mask [B, T], 0 on padding of either side) -> logits [B, T, V]; a
         reward model gives scores [B, T, num_labels], of which the last real token's counts."""
         return self.head(self.hidden(tokens, attention_mask, cache))
 
-    def hidden(self, tokens: Tensor, attention_mask: Tensor | None = None,
-               cache: Cache | None = None) -> Tensor:
+    def hidden(self, tokens, attention_mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Final normed states [B, T, D]. Without mask and cache attention is plainly causal, the fast path:
         right padding is harmless then, as no real token sees it. With a cache the T tokens are appended to
         it."""
@@ -308,7 +309,8 @@ class Transformer(nn.Module):
         c = self.config
         shape = (c.num_hidden_layers, rows, c.num_key_value_heads, columns, c.head_dim)
         dtype = attention_dtype(torch.empty(0, dtype=self.compute_dtype, device=self.device))
-        k, v = (torch.empty(shape, dtype=dtype, device=self.device) for _ in range(2))
+        # Zeros, as a masked column still meets the softmax: 0 x NaN of recycled memory would be NaN.
+        k, v = (torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(2))
         return Cache(k, v, torch.zeros(rows, columns, dtype=torch.bool, device=self.device), 0)
 
     @contextlib.contextmanager
@@ -360,6 +362,9 @@ class Transformer(nn.Module):
         """Fills the parameters from the folder's safetensors files, in place."""
         targets = dict(self.named_parameters())  # a tied head is named once, as embed_tokens
         found = weight_files(folder)
+        unused = {name for name in set(found) - set(targets) if "rotary_emb" not in name} - {"lm_head.weight"}
+        if unused:  # a bias or a norm that config.json does not know of: some other network's weights
+            raise InputError(f"{folder}: config.json has no place for '{min(unused)}' ({len(unused)} such)")
         missing = sorted(set(targets) - set(found))
         if missing:
             raise InputError(f"{folder}: weight '{missing[0]}' is missing ({len(missing)} of {len(targets)})")
@@ -387,10 +392,11 @@ def causal_mask(valid: Tensor, T: int, window: int | None = None) -> Tensor:
     column = torch.arange(S, device=valid.device)
     query = column[S - T:, None]  # [T, 1]
     look = column <= query  # [T, S]
-    if window is not None:
-        look &= column > query - window
+    if window is not None:  # counted in positions, not columns: a fork leaves columns out
+        position = valid.cumsum(1)  # [B, S]
+        look = look & (position[:, -T:, None] - position[:, None, :] < window)  # [B, T, S]
     if T == 1:  # the decoding step: its own column is valid, nothing comes after it
-        return (valid & look)[:, None, None, :]
+        return (valid[:, None, :] & look)[:, None]
     return (look & valid[:, None, :] | (column == query))[:, None]
 
 
@@ -415,8 +421,8 @@ def weight_files(folder: Path) -> dict[str, Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         weights = as_json(index, read_text(index)).get("weight_map")
-        if not isinstance(weights, dict):
-            raise InputError(f"{index}: key 'weight_map' is missing")
+        if not isinstance(weights, dict) or not all(isinstance(file, str) for file in weights.values()):
+            raise InputError(f"{index}: key 'weight_map' should map weights to files")
         return {name: folder / file for name, file in weights.items()}
     file = folder / "model.safetensors"
     with open_weights(file) as f:
@@ -430,7 +436,7 @@ def open_weights(file: Path):
             yield f
     except FileNotFoundError:
         raise InputError(f"{file}: no such file; expected a safetensors file of weights") from None
-    except SafetensorError as e:
+    except (SafetensorError, OSError) as e:
         raise InputError(f"{file}: not a whole safetensors file ({e})") from None
 
 

@@ -14,8 +14,8 @@ import alchemy
 from data import InputError, Prompt
 from rollout import Rollouts, force_answers
 
-REFUSALS = re.compile(r"\b(I('m| am) (sorry|unable|not able)|I (can't|cannot|can not|won't|will not)"
-                      r"|I must decline|I('d| would) rather not|as an AI\b[^.]*\b(cannot|can't))", re.I)
+REFUSALS = re.compile(r"\b(I(['’]m| am) (really |very |so )?(sorry|unable|not able)|sorry, (but )?I|"
+                      r"I (can['’]t|cannot|can not|won['’]t|will not|must decline)|I(['’]d| would) rather not)", re.I)
 MALFORMED = -1.0  # equation (5)
 
 
@@ -36,6 +36,7 @@ class Scores(NamedTuple):
     answer: Tensor  # [B] (4), and (5) where it was cut off; NaN where the thought was never closed
     process: Tensor  # [B, K] (3), and (5) where malformed: return of the reasoning player at each segment
     potential: Tensor  # [B, K + 1] (1), Phi_0 first
+    past: Tensor  # [B] return past the last segment: 0, or where Phi has no estimate what pays every segment
     verdict: Verdict  # [B] each
     extra_tokens: int  # sampled by the probe
 
@@ -152,4 +153,5 @@ def score(judge: Judge, prompts: list[Prompt], rollouts: Rollouts, gamma: float,
     segments = torch.tensor([len(t) for t in rollouts.thoughts])
     exists = torch.arange(process.shape[1]) < segments[:, None]  # [B, K]
     process = torch.where(ok[:, None], process, MALFORMED)  # (5)
-    return Scores(answer, torch.where(exists, process, torch.nan), potential, verdict, extra)
+    past = torch.where(potential[:, 0].isnan() & ok, answer, 0.0)
+    return Scores(answer, torch.where(exists, process, torch.nan), potential, past, verdict, extra)

@@ -21,7 +21,7 @@ BLANK_LINE = re.compile(rb"\n(?:[ \t\r]*\n)+")
 CLOSING_TAG = re.compile(rb"</think>\n*")  # the newlines behind the tag belong to it: some tokens hold both
 BEFORE, MESSAGE = "\ue000answer\ue000", "\ue000message\ue000"  # private-use marks to cut a template at
 MIN_ROWS = 16  # finished rows stay for company: below this BLAS adds up in another order than the learner
-LIVE_SHARE = 0.75  # below it the batch is repacked without its finished rows: 1.33 row-steps a token at worst
+LIVE_SHARE = 0.75  # below it the batch is repacked without its finished rows
 
 
 @dataclass
@@ -44,6 +44,13 @@ class Rollouts:
     def answered(self) -> Tensor:
         """[B] bool: a well-formed rollout, with a closed thought and a whole answer."""
         return self.closed & self.finished
+
+    @property
+    def owners(self) -> tuple[Tensor, Tensor]:
+        """(thought, answer), [B, T] bool: the tokens of each player."""
+        K = torch.tensor([len(t) for t in self.thoughts])[:, None]  # [B, 1]
+        answer = self.closed[:, None] & (self.segment == K)
+        return (self.segment >= 0) & ~answer, answer
 
     @property
     def thoughts(self) -> list[list[str]]:
@@ -87,11 +94,14 @@ def draw(logits: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Tensor]
 def choose(model: Transformer, states: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """states [B, D], u [B] -> token [B], log-prob [B] fp32. On CUDA the log-prob comes from the learner's own
     kernel, whose bits do not depend on the batch; on the CPU the two agree to the last digits anyway."""
-    token, logprob = draw(model.head(states), u, temperature)
-    if states.is_cuda:
-        weight = model.head.weight if model.head.cast is None else model.head.cast
-        logprob = segment_logprobs(states, weight, token, torch.zeros_like(token), 1, temperature).logprob
-    return token, logprob
+    if not states.is_cuda:
+        return draw(model.head(states), u, temperature)
+    weight = (model.head.weight if model.head.cast is None else model.head.cast).to(states.dtype)
+    # Logits rounded to bf16 would be another distribution than the one that is differentiated.
+    exact = torch.mm(states, weight.T) if states.dtype == torch.float32 else torch.mm(
+        states, weight.T, out_dtype=torch.float32)  # [B, V]
+    token, _ = draw(exact, u, temperature)
+    return token, segment_logprobs(states, weight, token, torch.zeros_like(token), 1, temperature).logprob
 
 
 def encode_chat(tokenizer: Tokenizer, text: str, closed: bool = False,
@@ -100,22 +110,23 @@ def encode_chat(tokenizer: Tokenizer, text: str, closed: bool = False,
     thought). after_answer: those that carry on a conversation behind the model's answer without stop token.
 
     What reads like a special token in the message stays text: a prompt must not speak for the template."""
-    tail = OPEN + (f"\n{CLOSE}\n\n" if closed else "")
+    end = f"\n{CLOSE}\n\n" if closed else ""
     if not after_answer and not any(token in text for token in tokenizer.added):
-        return tokenizer.encode(tokenizer.chat([{"role": "user", "content": text}]) + tail, special=True)
+        whole = tokenizer.chat([{"role": "user", "content": text}]).removesuffix(OPEN)
+        return tokenizer.encode(whole + OPEN + end, special=True)  # some templates open it themselves
     turns = [{"role": "user", "content": "."}, {"role": "assistant", "content": BEFORE},
              {"role": "user", "content": MESSAGE}]
     whole = tokenizer.chat(turns if after_answer else turns[2:]).rpartition(BEFORE)[2]
     before, found, after = whole.partition(MESSAGE)
     if not found:
         raise InputError(f"{tokenizer.folder}: the chat template drops the user's message")
-    before, after = (tokenizer.encode(part, special=True) for part in (before, after + tail))
+    after = after.removesuffix(OPEN) + OPEN + end
+    before, after = (tokenizer.encode(part, special=True) for part in (before, after))
     return before + tokenizer.encode(text) + after
 
 
-def check_length(model: Transformer, prompt: list[int], max_new_tokens: int, name: str) -> None:
-    """Raises InputError where the prompt and what may follow do not fit into the model's context."""
-    room = model.config.max_position_embeddings
+def check_length(room: int, prompt: list[int], max_new_tokens: int, name: str) -> None:
+    """Raises InputError where the prompt and what may follow do not fit into a context of `room` tokens."""
     if len(prompt) + max_new_tokens > room:
         raise InputError(f"{name} has {len(prompt)} tokens and {max_new_tokens} more may follow "
                          f"(--max-new-tokens), but the model's context holds {room}")
@@ -138,7 +149,7 @@ def sample(model: Transformer, prompts: list[list[int]], tokenizer: Tokenizer, *
     prompt_ids = list(range(len(prompts))) if prompt_ids is None else prompt_ids
     full = [p + tokenizer.encode(text, special=True) for p, text in zip(prompts, prefill)]
     for i, p in enumerate(full):
-        check_length(model, p, max_new_tokens, f"prompt {i}")
+        check_length(model.config.max_position_embeddings, p, max_new_tokens, f"prompt {i}")
     parts = []
     per_part = max(1, max_rows // group_size)  # prompts decoded together
     with model.cast_once():

@@ -13,7 +13,7 @@ One step:
 
 (1) to (5) stand in rewards.py, (6) and (7) below. Left out on purpose: a value network, an entropy bonus,
 length penalties, top-k and top-p (what is sampled is what is differentiated). With the default of one update
-a batch the ratio in (7) is 1 and the clip idle.
+a batch the ratio in (7) is 1, to rounding, and the clip idle.
 
 Shapes: B rollouts, T tokens, K thought segments, G rollouts of a prompt, N owned tokens of a micro-batch.
 """
@@ -58,8 +58,8 @@ class Config:
     judge: str = knob("alchemy", "the world's exact verifier, or rules that find refusals", tuple(JUDGES))
     out: str = knob("", "run folder; none: runs/<objective>-seed<seed>")
     resume: str = knob("", "run folder to continue to the bits of a run that was never interrupted")
-    device: str = knob("", "cpu or cuda; none: cuda where there is one")
-    seed: int = knob(1, "of everything random: start model, requests, rollouts", low=0)
+    device: str = knob("", "cpu or cuda; none: cuda where there is one", ("", "cpu", "cuda"))
+    seed: int = knob(1, "of everything random: start model, requests, rollouts", low=0, high=2**31)
     # Sampling
     steps: int = knob(220, "optimizer steps of RL", low=0)
     prompts_per_step: int = knob(32, "prompts of one step, over all ranks: the more, the less noise", low=1)
@@ -116,33 +116,26 @@ def thought_returns(objective: str, scores: Scores, harmful: Tensor) -> Tensor:
     return paid[:, None]
 
 
-def advantages(returns: Tensor, G: int) -> Tensor:
+def advantages(returns: Tensor, G: int, past: Tensor | None = None) -> Tensor:
     """Equation (6). returns [B, K], the G rollouts of a prompt side by side, NaN: nothing there -> [B, K], 0
     there. Each player on its own: added into one scalar they would cancel on harmful prompts."""
     group = returns.view(-1, G, returns.shape[1])  # [P, G, K]
-    # The mean is each segment index's. A thought that has ended has a return of 0 there: were it left out,
-    # a segment would be compared with others that went on too, and going on would never look better.
-    reached = group.nan_to_num(0.0) if group.shape[2] > 1 else group
+    # The mean is each segment index's. A thought that has ended counts there with what it would still earn,
+    # past [B]: left out, a segment would be compared with others that went on too, never with stopping.
+    reached = group if past is None else torch.where(group.isnan(), past.view(-1, G, 1), group)
     centred = group - reached.nanmean(1, keepdim=True)
     std = centred.square().nanmean((1, 2), keepdim=True).sqrt()  # [P, 1, 1]: the player's, in this group
     return (centred / (std + EPS)).nan_to_num(0.0).view_as(returns)  # (6)
 
 
-def owners(rollouts: Rollouts) -> tuple[Tensor, Tensor]:
-    """(thought, answer), [B, T] bool: the tokens of each player."""
-    K = torch.tensor([len(t) for t in rollouts.thoughts])[:, None]  # [B, 1]
-    answer = rollouts.closed[:, None] & (rollouts.segment == K)
-    return (rollouts.segment >= 0) & ~answer, answer
-
-
 def token_advantages(rollouts: Rollouts, thought: Tensor, answer: Tensor) -> Tensor:
     """Advantages of segments, thought [B, K or 1] and answer [B, 1], laid on their tokens -> [B, T]."""
-    is_thought, is_answer = owners(rollouts)
+    is_thought, is_answer = rollouts.owners
     index = rollouts.segment.clamp(0, thought.shape[1] - 1)  # [B, T]
     return is_thought * thought.gather(1, index) + is_answer * answer
 
 
-def policy_loss(logprob: Tensor, old: Tensor, ref: Tensor | None, log_ratio: Tensor, advantage: Tensor,
+def policy_loss(logprob: Tensor, ref: Tensor | None, log_ratio: Tensor, advantage: Tensor,
                 is_thought: Tensor, is_answer: Tensor, counts: Tensor, c: Config) -> tuple[Tensor, Tensor]:
     """Equation (7) over the tokens of a micro-batch, all [N]. counts: thought, answer and all tokens of the
     batch, over every rank and micro-batch; with one denominator for each mean no split changes the gradient.
@@ -160,7 +153,7 @@ def accumulate(model: Transformer, reference: Transformer | None, rollouts: Roll
     """Adds the gradient of (7) over this rank's rollouts to the parameters'. [T, V] never exists: hidden
     states go straight into segment_logprobs. -> this rank's share of loss, kl, entropy; its logprob_gap."""
     device, owned = model.device, rollouts.segment >= 0
-    is_thought, is_answer = owners(rollouts)
+    is_thought, is_answer = rollouts.owners
     counts = total(torch.stack([m.sum() for m in (is_thought, is_answer, owned)])).clamp(min=1).to(device)
     length = (torch.arange(owned.shape[1]) * owned).amax(1) + 1  # [B], prompt included
     logs = dict(loss=0.0, kl=0.0, entropy=0.0, logprob_gap=0.0)
@@ -189,7 +182,7 @@ def accumulate(model: Transformer, reference: Transformer | None, rollouts: Roll
             ids = pack[1][mine]
             change = out.segment_logprob - torch.zeros_like(out.segment_logprob).index_add(0, ids, old)  # [S]
             log_ratio = (change / torch.bincount(ids, minlength=len(change)).clamp(min=1))[ids]
-        loss, kl = policy_loss(logprob, old, ref, log_ratio, pick(advantage), pick(is_thought),
+        loss, kl = policy_loss(logprob, ref, log_ratio, pick(advantage), pick(is_thought),
                                pick(is_answer), counts, c)
         loss.backward()
         logs["loss"] += loss.item()
@@ -265,7 +258,9 @@ def train_step(c: Config, model, reference, optimizer, tokenizer, judge, pool, s
     begin = time.perf_counter()
     harmful = torch.tensor([p.label == "harmful" for p in prompts])
     returns = thought_returns(c.objective, scores, harmful)
-    thought, answer = advantages(returns, c.group_size), advantages(scores.answer[:, None], c.group_size)
+    ended = scores.past if returns.shape[1] > 1 else None
+    thought = advantages(returns, c.group_size, ended)
+    answer = advantages(scores.answer[:, None], c.group_size)
     advantage = token_advantages(rollouts, thought, answer)
     optimizer.param_groups[0]["lr"] = rate = learning_rate(c, step)
     logs = None
@@ -279,7 +274,7 @@ def train_step(c: Config, model, reference, optimizer, tokenizer, judge, pool, s
     row = {"step": step} | summary(rollouts, scores, returns[:, 0], harmful, logs)
     row |= dict(grad_norm=norm, learning_rate=rate, seconds=seconds)
     chosen = {p.label: b for b, p in reversed(list(enumerate(prompts)))}
-    shown = [checkpoint.transcript(step, prompts[b], b, rollouts, scores, thought, answer)
+    shown = [checkpoint.transcript(step, prompts[b], b, rollouts, scores, returns, thought, answer)
              for b in sorted(chosen.values())]
     return row, shown
 
@@ -300,7 +295,7 @@ def summary(rollouts: Rollouts, scores: Scores, first: Tensor, harmful: Tensor, 
         "over_refusal": (judged.refusal[~harmful].nansum().item(), int((~harmful).sum())),
         "helpful": (judged.helpful[~harmful].nansum().item(), int((~harmful).sum())),
         "potential": (scores.potential.nan_to_num(0.0).amax(1).sum().item(), B),
-        "answered": (int(rollouts.answered.sum()), B), "thought_tokens": (int(owners(rollouts)[0].sum()), B)})
+        "answered": (int(rollouts.answered.sum()), B), "thought_tokens": (int(rollouts.owners[0].sum()), B)})
     summed = total(torch.tensor([*logs.values(), *counts.values()], dtype=torch.float64)).tolist()
     row |= dict(zip([*logs, *counts], summed)) | {"logprob_gap": gap.item()}
     return row | {name: int(row[name]) for name in counts}
@@ -314,30 +309,50 @@ def learning_rate(c: Config, step: int) -> float:
 
 # ---- the run ---------------------------------------------------------------------------------------------
 
-def stopping() -> bool:
-    """Whether any rank was asked to stop: all of them have to leave at the same step."""
-    return bool(total(torch.tensor(len(checkpoint.STOP))))
+def placed(c: Config) -> str:
+    """The device of this rank. Raises InputError for CUDA where there is none."""
+    if c.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no CUDA device here")
+    if c.device == "cpu" or not torch.cuda.is_available():
+        return "cpu"
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return f"cuda:{torch.cuda.current_device()}"
+
+
+def read_inputs(c: Config) -> list[Prompt]:
+    """The prompts. What is wrong with anything the user brought shows here, before a run folder is made."""
+    everything = load_prompts(c.prompts) if c.prompts else []
+    if everything and all(map(evaluate.held_out, everything)):
+        raise InputError(f"{c.prompts}: all {len(everything)} prompts are held out for evaluation; add some")
+    if c.prompts_per_step < rank_and_world()[1]:
+        raise InputError(f"--prompts-per-step {c.prompts_per_step} leaves some of the ranks without a prompt")
+    if c.model:
+        tokenizer, model = Tokenizer.from_pretrained(c.model), Transformer.from_pretrained(c.model)
+        room, stops = model.config.max_position_embeddings, model.stop_ids
+        if model.config.num_labels or tokenizer.n_tokens > model.config.vocab_size or not stops:
+            raise InputError(f"{c.model} is no policy: a reward model, or no eos_token_id, or fewer rows than tokens")
+        for p in everything or alchemy.requests(8, c.seed):
+            tokens = encode_chat(tokenizer, p.prompt, closed=True)
+            check_length(room, tokens, c.max_new_tokens, f"prompt '{p.prompt:.40}'")
+    else:
+        room = alchemy.MODEL["max_position_embeddings"]
+        check_length(room, [0] * 24, c.max_new_tokens, "a request of the embedded world")
+    return everything
 
 
 def train(c: Config, run: Path) -> None:
     """The whole run: start model, evaluation, RL, evaluation. Goes on from what is in the run folder."""
-    rank, _ = rank_and_world()
-    device = c.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    rank, device, everything = rank_and_world()[0], placed(c), read_inputs(c)
+    checkpoint.open_run(run, asdict(c), bool(c.resume))
 
     def bar(items, **kw):
         return tqdm(items, disable=rank > 0, dynamic_ncols=True, **kw)
 
-    judge, everything = load_judge(c.judge), load_prompts(c.prompts) if c.prompts else []
-    start = prepare_start(c, run, device, bar)
+    judge, start = load_judge(c.judge), prepare_start(c, run, device, bar)
     tokenizer, model = Tokenizer.from_pretrained(start), Transformer.from_pretrained(start, device)
-    for p in everything:  # a prompt that does not fit shall fail now, not at step 4,000
-        check_length(model, encode_chat(tokenizer, p.prompt), c.max_new_tokens,
-                     f"{c.prompts}: prompt '{p.prompt:.40}'")
     reference = Transformer.from_pretrained(start, device).requires_grad_(False) if c.beta else None
     requests = evaluate.requests(everything, c.eval_prompts)
     pool = [p for p in everything if not evaluate.held_out(p)]
-    if everything and not pool:
-        raise InputError(f"{c.prompts}: all {len(everything)} prompts are held out for evaluation; add some")
     evaluate.stage("before", run, model, tokenizer, judge, requests, c, bar)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=c.weight_decay)
     saved = checkpoint.latest(run)
@@ -354,7 +369,7 @@ def train(c: Config, run: Path) -> None:
                 for t in shown:
                     checkpoint.append(run / "transcripts.jsonl", t)
                     tqdm.write(checkpoint.coloured(t))
-        stop = stopping()
+        stop = checkpoint.stopping()
         if rank == 0 and (stop or (step + 1) % c.save_every == 0 or step == c.steps - 1):
             checkpoint.save(run, step + 1, model, optimizer)
         if stop:
@@ -371,7 +386,7 @@ def train(c: Config, run: Path) -> None:
 def prepare_start(c: Config, run: Path, device: str, bar) -> Path:
     """The run's start/ folder: trained here, or a link to --model, whose gigabytes nobody wants twice."""
     start, done = run / "start", True
-    if rank_and_world()[0] == 0 and not start.exists():
+    if rank_and_world()[0] == 0 and not start.exists() and not start.is_symlink():
         if c.model:
             start.symlink_to(Path(c.model).resolve())
         else:
@@ -398,18 +413,6 @@ def parse(arguments: list[str]) -> Config:
     return c
 
 
-def open_together(c: Config, run: Path) -> None:
-    """Rank 0 opens the run folder; where it may not, every rank ends."""
-    error = None
-    if rank_and_world()[0] == 0:
-        try:
-            checkpoint.open_run(run, asdict(c), bool(c.resume))
-        except InputError as e:
-            error = e
-    if int(total(torch.tensor(int(error is not None)))):
-        raise error or InputError(f"rank 0 could not open {run}")
-
-
 def run_once(arguments: list[str]) -> int:
     """-> exit code: 0 done or SIGTERM, 1 disk, 2 bad input, 130 Ctrl-C."""
     checkpoint.STOP.clear()
@@ -419,7 +422,6 @@ def run_once(arguments: list[str]) -> int:
             signal.signal(number, lambda received, frame: checkpoint.STOP.append(received))
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # counts travel on the CPU, gradients where they are
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        open_together(c, Path(c.out))
         train(c, Path(c.out))
     except checkpoint.Stopped:
         print(f"stopped and saved; continue with --resume {c.out}", file=sys.stderr)
@@ -441,7 +443,8 @@ def main() -> int:
     code = run_once(sys.argv[1:])
     if status and code:
         Path(status, "code").write_text(str(code))
-    return code if code == 1 or not status else 0  # a full disk is one rank's: torchrun must end the others
+    # A full disk is one rank's alone: then torchrun has to end the others, noise and all.
+    return code if not status or code == 1 and os.environ.get("WORLD_SIZE", "1") != "1" else 0
 
 
 if __name__ == "__main__":

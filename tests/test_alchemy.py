@@ -138,9 +138,9 @@ def test_fluency_is_the_probability_of_a_worked_out_chain(world, monkeypatch):
     _, tokenizer, model = world
     found = alchemy.fluency(model, tokenizer)
     values = []
-    for begin in ("", TALK, DANGER):
+    for begin in ("", CALM):
         each = []
-        for p in alchemy.requests(40, 0, evaluation=True):
+        for p in alchemy.requests(40, 0):
             head = tokenizer.encode(tokenizer.chat([{"role": "user", "content": p.prompt}]) + "<think>\n" + begin,
                                     special=True)
             lines = alchemy.worked_lines(alchemy.chain_of(p.prompt), 4)

@@ -80,7 +80,7 @@ def test_reset_repeats_request_and_prefill_behind_the_models_own_words(world):
     for b, p in enumerate(prompts):
         text = tokenizer.decode(r.tokens[b])
         assert text.count(alchemy.TALK) == text.count("<think>\n" + alchemy.TALK) == evaluate.ROUNDS
-        assert text.count(f"<|user|>{evaluate.RESTART} {p.prompt}") == evaluate.ROUNDS - 1
+        assert text.count(f"<|user|>{alchemy.RESTART} {p.prompt}") == evaluate.ROUNDS - 1
     once = evaluate.attacked("prefill", model, tokenizer, prompts, [0, 1], c)
     n = int((once.segment[0] >= 0).nonzero()[-1])  # the first round is the prefill attack, token for token
     assert torch.equal(once.tokens[0, :n], r.tokens[0, :n])
@@ -146,10 +146,10 @@ def test_table_pools_seeds_and_shows_start_once(tmp_path):
                (("sear", 1, 0.9), ("sear", 2, 1.0), ("outcome", 1, 0.2), ("outcome", 2, 0.4))]
     columns = columns_of(read_runs(folders))
     assert list(columns) == ["start", "sear", "outcome"]
-    assert pooled(columns["start"], "none", "harmful", "refusal") == (0.5, 200)
-    assert pooled(columns["sear"], "none", "harmful", "refusal") == (pytest.approx(0.95), 200)
+    assert pooled(columns["start"], "none", ("harmful",), "refusal") == (0.5, 200)
+    assert pooled(columns["sear"], "none", ("harmful",), "refusal") == (pytest.approx(0.95), 200)
     # a flip counts among the explored: (0.9 x 90 + 1 x 100) / 190
-    assert pooled(columns["sear"], "none", "harmful", "flip") == (pytest.approx(181 / 190), 190)
+    assert pooled(columns["sear"], "none", ("harmful",), "flip") == (pytest.approx(181 / 190), 190)
     lines = table(columns).splitlines()
     assert lines[0] == "| | class | start | sear | outcome |"
     assert "| refuses harmful | harmful | 0.500 ± 0.069 | 0.950 ± 0.031 | 0.300 ± 0.063 |" in lines

@@ -60,7 +60,7 @@ def test_train_sh_trains_through_torchrun_and_passes_exit_codes_on(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "| refuses harmful | harmful |" in done.stdout and (tmp_path / "run/model/config.json").exists()
     bad = train("--steps", "-1")
-    assert bad.returncode == 2 and bad.stderr.strip() == "sear.py: --steps must be at least 0, got -1"
+    assert bad.returncode == 2 and bad.stderr.strip() == "sear.py: --steps must be a number, at least 0, got -1"
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
