@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import rollout
 
 ROOT = Path(__file__).parents[1]
@@ -63,3 +65,7 @@ def run_sear(*arguments, **kw):
         timeout=150,
         **kw,
     )
+
+
+if __name__ == "__main__":  # python tests/helpers.py FOLDER: the shape of Qwen2.5-0.5B, for the README's measurement
+    write_random_folder(sys.argv[1], 151_936, 896, 24, 14, 2, 4864)
