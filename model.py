@@ -95,7 +95,7 @@ def parse_config(raw: dict, where: str = "config.json") -> Config:
 
 
 def read_configs(folder: Path) -> tuple[Config, dict]:
-    """config.json parsed, and generation_config.json as it is ({} where there is none)."""
+    """config.json parsed; generation_config.json as it is, {} where there is none."""
     file, generation = folder / "config.json", folder / "generation_config.json"
     raw = as_json(file, read_text(file))
     try:
@@ -161,8 +161,7 @@ class RMSNorm(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding, halves convention. x [B, heads, T, E], cos and sin [B, 1, T, E]; sin has the first
-    half negated already, which spares a concatenation's worth of negation in each layer."""
+    """Rotary embedding, halves convention, of x [B, heads, T, E]; sin has its first half negated already."""
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
@@ -270,8 +269,8 @@ class Transformer(nn.Module):
         return self.dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
 
     def forward(self, tokens, attention_mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        """tokens [B, T] (and attention_mask [B, T], 0 on padding of either side) -> logits [B, T, V]; a
-        reward model gives scores [B, T, num_labels], of which the last real token's counts."""
+        """tokens [B, T], attention_mask [B, T] (0 on padding of either side) -> logits [B, T, V]; of a reward
+        model scores [B, T, num_labels], where the last real token's counts."""
         return self.head(self.hidden(tokens, attention_mask, cache))
 
     def hidden(self, tokens, attention_mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
@@ -372,12 +371,10 @@ class Transformer(nn.Module):
             copy_weight(found[name], name, target)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes config.json, generation_config.json and model.safetensors (fp32) as `transformers` and vLLM
-        load them. The tokenizer's files are the tokenizer's to write."""
+        """Writes config.json, generation_config.json and model.safetensors (fp32) as `transformers` does."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        raw = self.config.raw | {"dtype": "float32"}
-        raw.pop("torch_dtype", None)  # the old name of the same key
+        raw = {k: v for k, v in self.config.raw.items() if k != "torch_dtype"} | {"dtype": "float32"}
         (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
         if self.generation:
             (folder / "generation_config.json").write_text(json.dumps(self.generation, indent=2) + "\n")
@@ -401,8 +398,8 @@ def causal_mask(valid: Tensor, T: int, window: int | None = None) -> Tensor:
 
 
 def rope_tables(c: Config, position: Tensor) -> tuple[Tensor, Tensor]:
-    """cos, sin [B, 1, T, E] fp32 for position [B, T]; the first half of sin is negated (see rotate). Computed
-    anew at each call, in fp32: a bf16 table is off by whole radians at position 4096."""
+    """cos, sin [B, 1, T, E] for position [B, T], the first half of sin negated (see rotate). In fp32: a bf16
+    table is off by whole radians at position 4096."""
     half = torch.arange(0, c.head_dim, 2, device=position.device, dtype=torch.float32)
     frequency = 1.0 / c.rope_theta ** (half / c.head_dim)  # [E / 2]
     if c.rope_scaling:  # Llama 3.1: long waves are stretched by `factor`, those in between are blended
@@ -441,9 +438,8 @@ def open_weights(file: Path):
 
 
 def copy_weight(file: Path, name: str, target: Tensor) -> None:
-    """Copies one weight in pieces. The file is opened anew for each, because its pages, once read, count
-    as ours until the mapping is closed: with one mapping an fp32 checkpoint would peak at twice the model's
-    bytes."""
+    """Copies one weight in pieces. The file is opened anew for each: pages, once read, count as ours until
+    the mapping is closed, and with one mapping an fp32 checkpoint would peak at twice its bytes."""
     with open_weights(file) as f:
         shape = f.get_slice(name).get_shape()
     if list(target.shape) != shape:

@@ -15,7 +15,7 @@ from data import InputError, Prompt
 from rollout import Rollouts, force_answers
 
 REFUSALS = re.compile(r"\b(I(['’]m| am) (really |very |so )?(sorry|unable|not able)|sorry, (but )?I|"
-                      r"I (can['’]t|cannot|can not|won['’]t|will not|must decline)|I(['’]d| would) rather not)", re.I)
+                      r"I (can['’]t|cannot|can not|won['’]t|will not|must decline|would rather not))", re.I)
 MALFORMED = -1.0  # equation (5)
 
 

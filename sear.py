@@ -12,8 +12,7 @@ One step:
            (7) clipped policy gradient, one mean for each player, KL to the frozen start
 
 (1) to (5) stand in rewards.py, (6) and (7) below. Left out on purpose: a value network, an entropy bonus,
-length penalties, top-k and top-p (what is sampled is what is differentiated). With the default of one update
-a batch the ratio in (7) is 1, to rounding, and the clip idle.
+top-k and top-p (what is sampled is what is differentiated). With one update a batch the clip in (7) is idle.
 
 Shapes: B rollouts, T tokens, K thought segments, G rollouts of a prompt, N owned tokens of a micro-batch.
 """
@@ -95,7 +94,7 @@ class Config:
     show_every: int = knob(40, "steps between transcripts", low=1)
 
 
-# A 1.5B checkpoint is another animal than a toy of 0.25M: TARS's values (arXiv 2507.00971, section 3.3).
+# A 1.5B checkpoint is another animal than a toy of 0.28M: TARS's values (arXiv 2507.00971, section 3.3).
 CHECKPOINT_DEFAULTS = dict(judge="rules", learning_rate=1e-6, schedule="constant", beta=1e-3, temperature=0.6,
                            max_new_tokens=4096, probe_tokens=256, max_rows=256, tokens_per_micro_batch=16384,
                            eval_prompts=50)
@@ -330,7 +329,7 @@ def read_inputs(c: Config) -> list[Prompt]:
         tokenizer, model = Tokenizer.from_pretrained(c.model), Transformer.from_pretrained(c.model)
         room, stops = model.config.max_position_embeddings, model.stop_ids
         if model.config.num_labels or tokenizer.n_tokens > model.config.vocab_size or not stops:
-            raise InputError(f"{c.model} is no policy: a reward model, or no eos_token_id, or fewer rows than tokens")
+            raise InputError(f"{c.model} is no policy: score head, no eos_token_id, or more tokens than rows")
         for p in everything or alchemy.requests(8, c.seed):
             tokens = encode_chat(tokenizer, p.prompt, closed=True)
             check_length(room, tokens, c.max_new_tokens, f"prompt '{p.prompt:.40}'")
@@ -394,7 +393,7 @@ def prepare_start(c: Config, run: Path, device: str, bar) -> Path:
                 alchemy.warm_start(c, run, device, bar)
             except checkpoint.Stopped:
                 done = False
-    if int(total(torch.tensor(int(not done)))):  # the others wait here for rank 0
+    if total(torch.tensor(int(not done))):  # the others wait here for rank 0
         raise checkpoint.Stopped
     return start
 
