@@ -27,6 +27,7 @@ fi
 
 # torchrun turns every exit code into 1 and answers a signal with a traceback. So the workers tell their exit code and
 # their process id through a folder, and signals go to them alone: they finish the step, save and end by themselves.
+stopped=0
 train() {
     local status code=0 child processes
     status=$(mktemp -d)
@@ -36,8 +37,8 @@ train() {
         "$here/sear.py" "$@" &
     child=$!
     set +m
-    trap 'kill -TERM $(cat "$status"/*.pid) 2>/dev/null || kill -TERM "$child"' TERM
-    trap 'kill -INT $(cat "$status"/*.pid) 2>/dev/null || kill -TERM "$child"' INT
+    trap 'stopped=1; kill -TERM $(cat "$status"/*.pid) 2>/dev/null || kill -TERM "$child"' TERM
+    trap 'stopped=1; kill -INT $(cat "$status"/*.pid) 2>/dev/null || kill -TERM "$child"' INT
     while kill -0 "$child" 2>/dev/null; do wait "$child" && code=0 || code=$?; done
     trap - TERM INT
     [ ! -e "$status/code" ] || code=$(cat "$status/code")
@@ -57,13 +58,12 @@ ablations)
         for objective in sear outcome safe-thought competing-outcome no-thought; do
             run=runs/ablations/$objective-seed$seed
             runs+=("$run")
-            start=()  # the five share their seed's start model
-            [ "$objective" = sear ] || start=(--model "runs/ablations/sear-seed$seed/start")
-            if [ -e "$run/config.json" ]; then
-                train --resume "$run"
-            else
-                train --objective "$objective" --seed "$seed" --out "$run" "${start[@]}" "$@"
-            fi
+            flags=(--objective "$objective" --seed "$seed" "$@")
+            # the five share their seed's start model
+            [ "$objective" = sear ] || flags+=(--model "runs/ablations/sear-seed$seed/start")
+            if [ -e "$run/config.json" ]; then flags+=(--resume "$run"); else flags+=(--out "$run"); fi
+            train "${flags[@]}"
+            [ "$stopped" = 0 ] || exit 0
         done
     done
     "$python" "$here/evaluate.py" "${runs[@]}"

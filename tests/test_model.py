@@ -139,6 +139,10 @@ def test_sliding_window_equals_the_plain_definition():
     model.hidden(tokens[:, :12], cache=cache)
     steps = [model(tokens[:, i:i + 1], cache=cache) for i in range(12, 20)]
     assert torch.allclose(torch.cat(steps, 1), windowed[:, 12:], atol=1e-4)
+    fork = cache.rows(torch.tensor([0]), room=4)  # eight columns left out: the window counts tokens, not columns
+    fork.valid[:, 12:] = False
+    again = model(torch.cat((tokens[:, :12], tokens[:, :4]), 1))[:, 12:]
+    assert torch.allclose(model(tokens[:, :4], cache=fork), again, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", FOLDERS + ("tiny-reward",))
@@ -220,6 +224,10 @@ def test_bad_folders_are_told_apart(tmp_path):
     weights = load_file(FIXTURES / "tiny-qwen2/model.safetensors")
     save_file({k: v for k, v in weights.items() if k != "model.norm.weight"}, folder / "model.safetensors")
     fails(folder, "'model.norm.weight' is missing", "(1 of 27)")
+    save_file(weights | {"model.layers.0.self_attn.o_proj.bias": torch.zeros(64)}, folder / "model.safetensors")
+    fails(folder, "no place for 'model.layers.0.self_attn.o_proj.bias'")
+    shutil.rmtree(folder)
+    fails(broken(tmp_path, num_hidden_layers="2"), "config.json", "as transformers writes it")
     shutil.rmtree(folder)
     fails(broken(tmp_path, intermediate_size=96), "mlp", "[160, 64]", "[96, 64]")
     shutil.rmtree(folder)

@@ -272,3 +272,27 @@ def test_the_samplers_logprob_is_the_learners(world):
     token, logprob = choose(model, states, u, 0.8)
     again = segment_logprobs(states, model.head.weight, token, torch.zeros_like(token), 1, 0.8).logprob
     assert torch.allclose(logprob, again, atol=1e-5) and torch.equal(token, draw(model.head(states), u, 0.8)[0])
+
+
+def test_forks_never_look_at_memory_that_nobody_wrote(world, monkeypatch):
+    """All uninitialised memory is NaN: rows that end early leave columns unwritten, and a NaN behind the mask spreads."""
+    _, tokenizer, model = world
+    prompts = [encode_chat(tokenizer, p.prompt) for p in alchemy.requests(4, 1)]
+    options = dict(temperature=1.0, seed=3, step=1, prompt_ids=[0, 1, 2, 3])
+
+    def answers():
+        r = sample(model, prompts, tokenizer, group_size=8, max_new_tokens=40, keep_cache=True, **options)
+        points = [(b, n) for b in range(32) for n in (0, 1)]
+        assert (r.segment >= 0).sum(1).min() < 30  # somebody ends early
+        return force_answers(model, r, tokenizer, points, samples=1, max_new_tokens=6, **options)
+    stops = model.stop_ids
+    model.stop_ids = [*range(0, 300, 12), *stops]
+    try:
+        clean = answers()
+        empty = torch.Tensor.new_empty
+        monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
+        real = torch.empty
+        monkeypatch.setattr(torch, "empty", lambda *a, **k: real(*a, **k).fill_(math.nan))
+        assert answers() == clean
+    finally:
+        model.stop_ids = stops

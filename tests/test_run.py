@@ -343,7 +343,7 @@ def test_bad_prompt_files_stop_the_run_before_it_begins(tmp_path, capsys, conten
         ]
     )
     errors = capsys.readouterr().err
-    assert code == 2 and message in errors and not (tmp_path / "out/model").exists()
+    assert code == 2 and message in errors and not (tmp_path / "out").exists()  # nothing in the corrected run's way
     assert [line for line in errors.splitlines() if line.startswith("sear.py:")]
 
 
@@ -363,3 +363,38 @@ def test_a_template_that_refuses_is_one_sentence(tmp_path, capsys):
         ]
     )
     assert code == 2 and "only on Sundays" in capsys.readouterr().err
+
+
+def test_what_is_no_policy_is_refused_before_a_run_folder_is_made(run, tmp_path, capsys):
+    nowhere = shutil.copytree(run / "start", tmp_path / "endless")
+    (nowhere / "generation_config.json").unlink()
+    config = json.loads((nowhere / "config.json").read_text())
+    (nowhere / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    for model, message in ((FIXTURES / "tiny-reward", "score head"), (nowhere, "no eos_token_id"),
+                           (tmp_path / "nowhere", "nowhere/tokenizer.json")):
+        assert sear.run_once([*SMALL, "--model", str(model), "--out", str(tmp_path / "out")]) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert sear.run_once([*SMALL, "--max-new-tokens", "600", "--out", str(tmp_path / "out")]) == 2
+    assert "context holds 512" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    if not torch.cuda.is_available():
+        assert sear.run_once([*SMALL, "--device", "cuda", "--out", str(tmp_path / "out")]) == 2
+        assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_a_start_model_that_went_away_is_one_sentence(run, tmp_path, capsys):
+    shutil.copytree(run / "start", tmp_path / "model")
+    out = finished(tmp_path / "out", "--model", str(tmp_path / "model"), "--steps", "2", "--eval-prompts", "0")
+    shutil.rmtree(tmp_path / "model")
+    capsys.readouterr()
+    assert sear.run_once(["--resume", str(out)]) == 2
+    assert "should be a readable file" in capsys.readouterr().err
+
+
+def test_evaluation_can_be_stopped(run):
+    model, tokenizer = Transformer.from_pretrained(run / "model"), Tokenizer.from_pretrained(run / "model")
+    checkpoint.STOP.append(signal.SIGTERM)
+    try:
+        with pytest.raises(checkpoint.Stopped):
+            evaluate.measure(model, tokenizer, None, evaluate.requests([], 1), sear.Config(), "after")
+    finally:
+        checkpoint.STOP.clear()
