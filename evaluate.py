@@ -60,7 +60,7 @@ def requests(everything: list[Prompt], per_class: int) -> list[Prompt]:
     """Held-out requests, at most per_class of each class; the embedded world's where there is no file."""
     if not everything:
         return alchemy.requests(per_class * len(alchemy.CLASSES), 0, evaluation=True)
-    kept = [p for p in everything if held_out(p)]
+    kept = sorted(filter(held_out, everything), key=lambda p: hashlib.sha256(p.prompt.encode()).digest())
     return [p for label in ("harmful", "harmless") for p in [q for q in kept if q.label == label][:per_class]]
 
 
