@@ -25,12 +25,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data import InputError, as_json, read_text
+from parallel import rank_and_world, total
 
 LOGS = ("metrics.jsonl", "transcripts.jsonl")  # cut back to the checkpoint when a run is continued
 NOT_COMPARED = ("resume", "out", "device")  # where a run lives and runs is no part of what it is
@@ -43,10 +43,7 @@ class Stopped(Exception):
 
 def stopping() -> bool:
     """Whether any rank was asked to stop: all of them have to leave at the same place."""
-    asked = torch.tensor(len(STOP))
-    if dist.is_initialized():
-        dist.all_reduce(asked)
-    return bool(asked)
+    return bool(total(torch.tensor(len(STOP))))
 
 
 class SaveError(OSError):
@@ -105,15 +102,12 @@ def open_run(folder: Path, config: dict, resume: bool) -> None:
     """Makes the run folder, or raises InputError, on every rank, where the one there is not this run to be
     continued."""
     error = None
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if rank_and_world()[0] == 0:
         try:
             make_run(folder, config, resume)
         except InputError as e:
             error = e
-    failed = torch.tensor(int(error is not None))
-    if dist.is_initialized():
-        dist.all_reduce(failed)
-    if failed:
+    if total(torch.tensor(int(error is not None))):
         raise error or InputError(f"rank 0 could not open {folder}")
 
 

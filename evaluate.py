@@ -18,12 +18,12 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 import alchemy
 import checkpoint
 from data import InputError, Prompt, Tokenizer, as_json, read_text
 from model import Transformer
+from parallel import gathered, rank_and_world
 from rewards import Judge
 from rollout import CLOSE, Rollouts, encode_chat, sample
 
@@ -92,7 +92,7 @@ def attacked(attack: str, model: Transformer, tokenizer: Tokenizer, prompts: lis
 def measure(model: Transformer, tokenizer: Tokenizer, judge: Judge, prompts: list[Prompt], c, stage: str,
             bar=iter) -> list[dict]:
     """The rows of eval.jsonl for one stage; prompts are split over ranks."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = rank_and_world()
     ids, result = list(range(len(prompts)))[rank::world], []
     mine = [prompts[i] for i in ids]
     for attack in bar(ATTACKS):
@@ -110,10 +110,7 @@ def measure(model: Transformer, tokenizer: Tokenizer, judge: Judge, prompts: lis
                      zip(rollouts.segment.tolist(), rollouts.thoughts)]
             classes = classes_of(mine, not c.prompts)
             records = list(zip(classes, *verdict, potential, rollouts.closed.tolist(), owned))
-        if dist.is_initialized():
-            everyone = [None] * world
-            dist.all_gather_object(everyone, records)
-            records = sum(everyone, [])
+        records = gathered(records)
         for name in dict.fromkeys(classes_of(prompts, not c.prompts)):
             result.append({"stage": stage, "attack": attack, "class": name} |
                           rates(name, [r[1:] for r in records if r[0] == name]))
@@ -146,7 +143,7 @@ def stage(name: str, run: Path, model, tokenizer, judge: Judge, prompts: list[Pr
         return
     fresh = measure(model, tokenizer, judge, prompts, c, name,
                     lambda x: bar(x, desc=f"evaluate {name}", leave=False))
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if rank_and_world()[0] == 0:
         checkpoint.write(file, "".join(json.dumps(row) + "\n" for row in done + fresh))
 
 

@@ -36,6 +36,7 @@ import evaluate
 from data import InputError, Prompt, Tokenizer, load_prompts
 from kernels import SegmentLogprobs, segment_logprobs
 from model import Transformer
+from parallel import largest, means, rank_and_world, reduce_gradients, total
 from rewards import JUDGES, MALFORMED, Judge, Scores, load_judge, score
 from rollout import Rollouts, check_length, encode_chat, micro_batches, sample
 
@@ -191,34 +192,6 @@ def accumulate(model: Transformer, reference: Transformer | None, rollouts: Roll
     return logs
 
 
-# ---- ranks -----------------------------------------------------------------------------------------------
-
-def total(x: Tensor) -> Tensor:
-    """Sum over ranks."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x
-
-
-def rank_and_world() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def reduce_gradients(model: Transformer, max_norm: float) -> float:
-    """Sums the gradients over ranks, as they carry the global denominators, and clips. -> the norm before."""
-    for p in model.parameters():
-        if p.grad is None:  # nothing to say here, but the other ranks wait for this one's part of the sum
-            p.grad = torch.zeros_like(p)
-        total(p.grad)
-    return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).item()
-
-
-def means(sums: dict[str, tuple[float, float]]) -> dict[str, float | None]:
-    """{name: (sum, count)} of this rank -> {name: mean over all ranks}, None where nothing was counted."""
-    table = total(torch.tensor(list(sums.values()), dtype=torch.float64))
-    return {name: s / n if n else None for name, (s, n) in zip(sums, table.tolist())}
-
-
 # ---- one step --------------------------------------------------------------------------------------------
 
 def step_prompts(c: Config, pool: list[Prompt], step: int) -> list[Prompt]:
@@ -282,9 +255,7 @@ def summary(rollouts: Rollouts, scores: Scores, first: Tensor, harmful: Tensor, 
     """What a step came to, over all ranks: rates over rollouts, counts of tokens. first [B]: the return of
     each thought's first segment. Where an answer is rated, a rollout without one counts as 0."""
     B, judged = len(harmful), scores.verdict
-    gap = torch.tensor(logs.pop("logprob_gap"))
-    if dist.is_initialized():
-        dist.all_reduce(gap, dist.ReduceOp.MAX)
+    gap = largest(logs.pop("logprob_gap"))
     counts = dict(tokens=int((rollouts.segment >= 0).sum()), row_steps=rollouts.row_steps,
                   prefilled_tokens=rollouts.prefilled_tokens, probe_tokens=scores.extra_tokens)
     row = means({
@@ -296,7 +267,7 @@ def summary(rollouts: Rollouts, scores: Scores, first: Tensor, harmful: Tensor, 
         "potential": (scores.potential.nan_to_num(0.0).amax(1).sum().item(), B),
         "answered": (int(rollouts.answered.sum()), B), "thought_tokens": (int(rollouts.owners[0].sum()), B)})
     summed = total(torch.tensor([*logs.values(), *counts.values()], dtype=torch.float64)).tolist()
-    row |= dict(zip([*logs, *counts], summed)) | {"logprob_gap": gap.item()}
+    row |= dict(zip([*logs, *counts], summed)) | {"logprob_gap": gap}
     return row | {name: int(row[name]) for name in counts}
 
 

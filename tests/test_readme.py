@@ -19,7 +19,7 @@ import sear
 from model import Transformer
 
 README = (ROOT / "README.md").read_text()
-CORE = ("sear", "model", "rollout", "rewards", "data", "alchemy", "evaluate", "checkpoint")
+CORE = ("sear", "model", "rollout", "rewards", "data", "alchemy", "evaluate", "checkpoint", "parallel")
 ENVIRONMENT = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
 SHORT = ("--warm-start-steps 2 --warm-start-batch 2 --steps 2 --prompts-per-step 2 --group-size 2 --eval-prompts 1 "
          "--max-new-tokens 12").split()
@@ -107,8 +107,7 @@ def test_the_start_model_is_as_small_as_the_readme_says(world):
 def test_file_map_and_house_rules():
     listed = re.search(r"## 4. The files\n\n```\n(.*?)```", README, re.S)[1]
     named = [line.split()[0] for line in listed.splitlines()]
-    assert named[:8] == [f"{m}.py" for m in ("sear", "model", "rollout", "rewards", "data", "alchemy", "evaluate",
-                                              "checkpoint")]
+    assert named[:len(CORE)] == [f"{m}.py" for m in CORE]
     assert all((ROOT / name).exists() for name in named)
     for path in [ROOT / f"{m}.py" for m in CORE] + sorted((ROOT / "kernels").glob("*.py")):
         source = path.read_text()
@@ -121,7 +120,7 @@ def test_file_map_and_house_rules():
 
 
 def test_imports_point_one_way():
-    order = {"data": 0, "kernels": 0, "model": 1, "checkpoint": 1, "rollout": 2, "alchemy": 3, "rewards": 4, "evaluate": 5,
+    order = {"data": 0, "kernels": 0, "parallel": 0, "model": 1, "checkpoint": 1, "rollout": 2, "alchemy": 3, "rewards": 4, "evaluate": 5,
              "sear": 6}
     for name in CORE:
         for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
