@@ -20,6 +20,7 @@ import math
 import platform
 import shutil
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -34,6 +35,8 @@ from parallel import rank_and_world, total
 
 LOGS = ("metrics.jsonl", "transcripts.jsonl")  # cut back to the checkpoint when a run is continued
 NOT_COMPARED = ("resume", "out", "device")  # where a run lives and runs is no part of what it is
+INPUTS = ("model", "prompts", "judge", "reward_model")  # knobs that may name a file or a folder
+EDGE = 1 << 20  # bytes
 STOP: list[int] = []  # signals received; looked at between steps and between attacks
 
 
@@ -113,6 +116,8 @@ def open_run(folder: Path, config: dict, resume: bool) -> None:
 
 def make_run(folder: Path, config: dict, resume: bool) -> None:
     file = folder / "config.json"
+    named = {k: Path(config[k]) for k in INPUTS if config.get(k) and Path(config[k]).exists()}
+    inputs = {k: fingerprint(path) for k, path in named.items()}
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out {folder} is no folder")
     if file.exists():
@@ -125,11 +130,34 @@ def make_run(folder: Path, config: dict, resume: bool) -> None:
         if not resume:
             raise InputError(f"{folder} holds this run already; continue it with --resume {folder}, "
                              "or choose another --out")
+        changed = [k for k, value in begun(folder)["inputs"].items() if inputs.get(k) != value]
+        if changed:
+            raise InputError(f"--{changed[0].replace('_', '-')} {config[changed[0]]} is not what it was when "
+                             f"{folder} began; the run cannot go on with it")
         return
     if resume:
         raise InputError(f"--resume {folder}: there is no config.json in it, so it is no run folder")
-    write(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
+    write(folder / "environment.json", json.dumps(environment() | {"inputs": inputs}, indent=2) + "\n")
     write(file, json.dumps(config, indent=2) + "\n")
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 of names, sizes, first and last megabyte of a file or of a folder's files: a moment for 64 GB
+    too, and training, which moves all of a file, does not escape it."""
+    digest = hashlib.sha256()
+    for file in sorted(f for f in (path.iterdir() if path.is_dir() else [path]) if f.is_file()):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with open(file, "rb") as f:
+            digest.update(f.read(EDGE))
+            f.seek(max(0, size - EDGE))
+            digest.update(f.read())
+    return digest.hexdigest()
+
+
+def begun(run: Path) -> dict:
+    """environment.json of a run: `time` of its beginning in seconds, fingerprints of its `inputs`, ..."""
+    return as_json(run / "environment.json", read_text(run / "environment.json"))
 
 
 class Parser(argparse.ArgumentParser):
@@ -172,7 +200,7 @@ def environment() -> dict:
             source.update(file.read_bytes())
     return {"source_sha256": source.hexdigest(), "command": sys.argv, "python": platform.python_version(),
             "torch": torch.__version__, "numpy": np.__version__, "machine": platform.platform(),
-            "processor": platform.machine(), "threads": torch.get_num_threads(),
+            "processor": platform.machine(), "time": time.time(), "threads": torch.get_num_threads(),
             "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]}
 
 

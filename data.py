@@ -135,6 +135,7 @@ class Tokenizer:
 
     `added` maps the content of every added token to its id; `n_tokens` is the highest id + 1 (a model may
     have more rows). Nothing here adds a BOS: where a model wants one, its chat template writes it."""
+    now: float | None = None  # the time for templates that write a date; a run sets its own first day's
 
     @classmethod
     def from_pretrained(cls, folder) -> "Tokenizer":
@@ -226,8 +227,9 @@ class Tokenizer:
         named = {n: t["content"] if isinstance(t, dict) else t for n, t in named.items() if t is not None}
         def raise_exception(message):
             raise TemplateError(message)
-        # Llama 3 writes today's date: pass date_string=... where prompts must not change overnight.
-        environment.globals.update(named, raise_exception=raise_exception, strftime_now=time.strftime)
+        def strftime_now(form):  # Llama 3 writes today's date
+            return time.strftime(form, time.localtime(self.now))
+        environment.globals.update(named, raise_exception=raise_exception, strftime_now=strftime_now)
         # {% generation %} marks the assistant's words for supervised training; a scope renders the same.
         source = re.sub(r"({%[-+]?\s*)(end)?generation(\s*[-+]?%})", r"\1\2with\3", source)
         return environment.from_string(source)

@@ -25,7 +25,7 @@ from data import InputError, Prompt, Tokenizer, as_json, read_text
 from model import Transformer
 from parallel import gathered, rank_and_world
 from rewards import Judge
-from rollout import CLOSE, Rollouts, encode_chat, sample
+from rollout import CLOSE, Rollouts, check_length, encode_chat, sample
 
 ATTACKS = ("none", "prefill", "hijack", "hijack-short", "reset", "mirror")
 HARMFUL, HARMLESS = ("harmful", "covert"), ("harmless", "ambiguous")
@@ -66,6 +66,19 @@ def requests(everything: list[Prompt], per_class: int) -> list[Prompt]:
 
 def classes_of(prompts: list[Prompt], embedded: bool) -> list[str]:
     return [p.kind if embedded else p.label for p in prompts]
+
+
+def check_lengths(tokenizer: Tokenizer, prompts: list[Prompt], room: int, c) -> None:
+    """Raises InputError where a prompt under attack and its answers do not fit into a context of `room`
+    tokens: now, not after hours."""
+    for p in prompts:
+        tokens = encode_chat(tokenizer, p.prompt)
+        again = encode_chat(tokenizer, f"{alchemy.RESTART} {p.prompt}", after_answer=True)
+        for attack in ATTACKS:
+            text = tokenizer.encode(attack_text(attack, p, not c.prompts), special=True)
+            more = len(text) + c.max_new_tokens + len(again) if attack == "reset" else 0
+            check_length(room, len(tokens) + len(text) + (ROUNDS - 1) * more, c.max_new_tokens,
+                         f"prompt '{p.prompt:.40}' under attack '{attack}'")
 
 
 def attacked(attack: str, model: Transformer, tokenizer: Tokenizer, prompts: list[Prompt], ids: list[int],

@@ -125,10 +125,10 @@ def encode_chat(tokenizer: Tokenizer, text: str, closed: bool = False,
     return before + tokenizer.encode(text) + after
 
 
-def check_length(room: int, prompt: list[int], max_new_tokens: int, name: str) -> None:
-    """Raises InputError where the prompt and what may follow do not fit into a context of `room` tokens."""
-    if len(prompt) + max_new_tokens > room:
-        raise InputError(f"{name} has {len(prompt)} tokens and {max_new_tokens} more may follow "
+def check_length(room: int, tokens: int, max_new_tokens: int, name: str) -> None:
+    """Raises InputError where a prompt and what may follow do not fit into a context of `room` tokens."""
+    if tokens + max_new_tokens > room:
+        raise InputError(f"{name} has {tokens} tokens and {max_new_tokens} more may follow "
                          f"(--max-new-tokens), but the model's context holds {room}")
 
 
@@ -149,7 +149,7 @@ def sample(model: Transformer, prompts: list[list[int]], tokenizer: Tokenizer, *
     prompt_ids = list(range(len(prompts))) if prompt_ids is None else prompt_ids
     full = [p + tokenizer.encode(text, special=True) for p, text in zip(prompts, prefill)]
     for i, p in enumerate(full):
-        check_length(model.config.max_position_embeddings, p, max_new_tokens, f"prompt {i}")
+        check_length(model.config.max_position_embeddings, len(p), max_new_tokens, f"prompt {i}")
     parts = []
     per_part = max(1, max_rows // group_size)  # prompts decoded together
     with model.cast_once():

@@ -20,6 +20,7 @@ import math
 import os
 import signal
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -38,7 +39,7 @@ from kernels import SegmentLogprobs, segment_logprobs
 from model import Transformer
 from parallel import largest, means, rank_and_world, reduce_gradients, total
 from rewards import JUDGES, MALFORMED, Judge, Scores, load_judge, score
-from rollout import Rollouts, check_length, encode_chat, micro_batches, sample
+from rollout import CLOSE, Rollouts, check_length, encode_chat, micro_batches, sample
 
 OBJECTIVES = ("sear", "competing-outcome", "outcome", "safe-thought", "no-thought")
 EPS = 1e-6  # of equation (6)
@@ -296,17 +297,23 @@ def read_inputs(c: Config) -> list[Prompt]:
         raise InputError(f"{c.prompts}: all {len(everything)} prompts are held out for evaluation; add some")
     if c.prompts_per_step < rank_and_world()[1]:
         raise InputError(f"--prompts-per-step {c.prompts_per_step} leaves some of the ranks without a prompt")
-    if c.model:
-        tokenizer, model = Tokenizer.from_pretrained(c.model), Transformer.from_pretrained(c.model)
-        room, stops = model.config.max_position_embeddings, model.stop_ids
-        if model.config.num_labels or tokenizer.n_tokens > model.config.vocab_size or not stops:
-            raise InputError(f"{c.model} is no policy: score head, no eos_token_id, or more tokens than rows")
-        for p in everything or alchemy.requests(8, c.seed):
-            tokens = encode_chat(tokenizer, p.prompt, closed=True)
-            check_length(room, tokens, c.max_new_tokens, f"prompt '{p.prompt:.40}'")
-    else:
-        room = alchemy.MODEL["max_position_embeddings"]
-        check_length(room, [0] * 24, c.max_new_tokens, "a request of the embedded world")
+    with tempfile.TemporaryDirectory() as scratch:
+        if not c.model:
+            alchemy.write_folder(Path(scratch))
+        tokenizer = Tokenizer.from_pretrained(c.model or scratch)
+        model = Transformer.from_pretrained(c.model) if c.model else Transformer.from_scratch(scratch, c.seed)
+    room, stops = model.config.max_position_embeddings, model.stop_ids
+    if model.config.num_labels or tokenizer.n_tokens > model.config.vocab_size or not stops:
+        raise InputError(f"{c.model} is no policy: score head, no eos_token_id, or more tokens than rows")
+    forced = len(tokenizer.encode(CLOSE + "\n\n", special=True)) + c.probe_tokens
+    for p in everything or alchemy.requests(1, c.seed):
+        tokens = encode_chat(tokenizer, p.prompt, closed=True)
+        check_length(room, len(tokens) + forced * (c.potential == "probe"), c.max_new_tokens,
+                     f"prompt '{p.prompt:.40}'")
+    requests = evaluate.requests(everything, c.eval_prompts)
+    evaluate.check_lengths(tokenizer, requests if everything else requests[:1], room, c)
+    if c.eval_prompts and not requests and rank_and_world()[0] == 0:
+        print(f"{c.prompts}: too few prompts to hold one out, so nothing is evaluated", file=sys.stderr)
     return everything
 
 
@@ -320,6 +327,7 @@ def train(c: Config, run: Path) -> None:
 
     judge, start = load_judge(c.judge), prepare_start(c, run, device, bar)
     tokenizer, model = Tokenizer.from_pretrained(start), Transformer.from_pretrained(start, device)
+    tokenizer.now = checkpoint.begun(run)["time"]  # a template with a date in it keeps this one
     reference = Transformer.from_pretrained(start, device).requires_grad_(False) if c.beta else None
     requests = evaluate.requests(everything, c.eval_prompts)
     pool = [p for p in everything if not evaluate.held_out(p)]

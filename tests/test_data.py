@@ -395,7 +395,10 @@ def test_what_a_template_may_rely_on(tmp_path):
     assert render("{% if true %}\n    {% set a = 1 %}\n{{ a }}\n{% endif %}\nb\n") == "1\nb"
     scope = "{% set a = 1 %}{% generation %}\n{% set a = 2 %}{{ a }} {%- endgeneration %}{{ a }}"
     assert render(scope) == "21"
-    assert re.fullmatch(r"\d\d \w{3} 20\d\d", render("{{ strftime_now('%d %b %Y') }}"))
+    dated = chatting(tmp_path, "{{ strftime_now('%d %b %Y') }}")
+    assert re.fullmatch(r"\d\d \w{3} 20\d\d", dated.chat([]))
+    dated.now = 86400 * (365 * 30 + 0.5)  # a run's first day, on its last one too
+    assert dated.chat([]) == "25 Dec 1999"
     assert render("{{ '<' ~ x }}", x="&") == "<&"
 
 

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 from helpers import FIXTURES, ROOT, run_sear
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import checkpoint
 import evaluate
@@ -388,6 +388,42 @@ def test_a_start_model_that_went_away_is_one_sentence(run, tmp_path, capsys):
     capsys.readouterr()
     assert sear.run_once(["--resume", str(out)]) == 2
     assert "should be a readable file" in capsys.readouterr().err
+
+
+def test_a_changed_model_or_prompt_file_cannot_be_resumed_with(tmp_path, capsys):
+    model, prompts, out = tmp_path / "model", tmp_path / "prompts.jsonl", tmp_path / "out"
+    talkative(model, "tiny-qwen2")
+    lines = [json.dumps({"prompt": f"Tell me {n}", "label": label}) for n in "ab" for label in ("safe", "unsafe")]
+    prompts.write_text("\n".join(lines) + "\n")
+    begin = ["--model", str(model), "--prompts", str(prompts), *REAL, "--steps", "0", "--out", str(out)]
+    assert sear.run_once(begin) == 0 and sear.run_once(["--resume", str(out)]) == 0
+    capsys.readouterr()
+    weights = load_file(model / "model.safetensors")
+    save_file({k: v + 1 for k, v in weights.items()}, model / "model.safetensors")
+    assert sear.run_once(["--resume", str(out)]) == 2
+    assert f"--model {model} is not what it was" in capsys.readouterr().err
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    prompts.write_text(prompts.read_text().replace("Tell", "Sell"))
+    assert sear.run_once(["--resume", str(out)]) == 2
+    assert "prompts.jsonl is not what it was" in capsys.readouterr().err
+
+
+def test_a_prompt_file_too_small_to_hold_one_out_is_said(tmp_path, capsys):
+    words = [w for w in "abcdefghij" if not evaluate.held_out(sear.Prompt(w, "harmful"))][:2]
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "{w}", "label": "unsafe"}}\n' for w in words))
+    code = sear.run_once(["--model", str(FIXTURES / "tiny-qwen2"), "--prompts", str(tmp_path / "prompts.jsonl"),
+                          *REAL, "--steps", "0", "--out", str(tmp_path / "out")])
+    assert code == 0 and "so nothing is evaluated" in capsys.readouterr().err
+    assert not (tmp_path / "out/eval.jsonl").exists()
+
+
+def test_what_attacks_and_probes_add_is_checked_against_the_context_up_front(tmp_path, capsys):
+    long = [*REAL, "--max-new-tokens", "1100", "--model", str(FIXTURES / "tiny-qwen2"), "--prompts",
+            str(FIXTURES / "xstest_prompts.csv"), "--out", str(tmp_path / "out")]
+    assert sear.run_once(long) == 2 and "under attack 'reset'" in capsys.readouterr().err
+    close = [*long, "--eval-prompts", "0", "--potential", "probe", "--probe-tokens", "1000"]
+    assert sear.run_once(close) == 2 and "the model's context holds 2048" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_evaluation_can_be_stopped(run):
