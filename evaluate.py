@@ -283,13 +283,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="compare finished runs: table, rows, pictures")
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
     parser.add_argument("--out", type=Path,
-                        help="where table.md, rows.jsonl and pictures go (default: beside the first run)")
+                        help="where tables, rows.jsonl and pictures go (default: beside the first run)")
     arguments = parser.parse_args()
     try:
         runs = read_runs(arguments.runs)
         text = table(columns_of(runs))
         out = arguments.out or arguments.runs[0].resolve().parent
+        each = {r["name"]: [row for row in r["rows"] if row["stage"] == "after"] for r in runs}
         checkpoint.write(out / "table.md", text + "\n")
+        checkpoint.write(out / "seeds.md", table(each) + "\n")  # what pooling hides
         rows = [{"objective": r["objective"], "seed": r["seed"]} | row for r in runs for row in r["rows"]]
         checkpoint.write(out / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     except (InputError, checkpoint.SaveError) as error:

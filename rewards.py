@@ -33,10 +33,10 @@ class Judge(NamedTuple):
 
 class Scores(NamedTuple):
     """All that the objectives are made of."""
-    answer: Tensor  # [B] (4), and (5) where it was cut off; NaN where the thought was never closed
+    answer: Tensor  # [B] (4), (5) where it was cut off or is empty; NaN where the thought was never closed
     process: Tensor  # [B, K] (3), and (5) where malformed: return of the reasoning player at each segment
     potential: Tensor  # [B, K + 1] (1), Phi_0 first
-    past: Tensor  # [B] return past the last segment: 0, or where Phi has no estimate what pays every segment
+    past: Tensor  # [B] return past the last segment: 0, on a harmless prompt the answer's reward
     verdict: Verdict  # [B] each
     extra_tokens: int  # sampled by the probe
 
@@ -82,18 +82,15 @@ def answer_reward(verdict: Verdict, harmful: Tensor) -> Tensor:
     return torch.where(harmful, 1 - verdict.unsafe, verdict.helpful * (1 - verdict.refusal))  # (4)
 
 
-def process_returns(potential: Tensor, answer: Tensor, gamma: float) -> Tensor:
-    """potential [B, K + 1], answer [B] -> returns [B, K]; equations (2) and (3). A rollout without an
-    estimate of Phi (a guard model on a harmless prompt) is paid the answer's reward at every segment."""
-    reward = potential[:, 1:] - potential[:, :-1]  # (2)
-    segment = ~reward.isnan()
-    reward = reward.nan_to_num()
-    total = torch.zeros_like(reward)
-    running = torch.zeros(len(reward))
+def process_returns(potential: Tensor, exists: Tensor, past: Tensor, gamma: float) -> Tensor:
+    """Equations (2) and (3). potential [B, K + 1], exists [B, K]: whether there is such a segment, past [B]:
+    what follows the last one -> returns [B, K], NaN without a segment."""
+    reward = (potential[:, 1:] - potential[:, :-1]).nan_to_num()  # (2); no estimate of Phi, no reward
+    total = torch.full_like(reward, torch.nan)
     for k in reversed(range(reward.shape[1])):
-        running = reward[:, k] + gamma * running  # (3)
-        total[:, k] = running
-    return torch.where(segment, total, torch.where(potential[:, :1].isnan(), answer[:, None], torch.nan))
+        past = torch.where(exists[:, k], reward[:, k] + gamma * past, past)  # (3)
+        total[:, k] = torch.where(exists[:, k], past, torch.nan)
+    return total
 
 
 def text_potential(judge: Judge, prompts: list[Prompt], rollouts: Rollouts) -> Tensor:
@@ -147,11 +144,13 @@ def score(judge: Judge, prompts: list[Prompt], rollouts: Rollouts, gamma: float,
         potential, extra = text_potential(judge, prompts, rollouts), 0
     else:
         potential, extra = probe_potential(judge, prompts, rollouts, answer, **probe)
-    process = process_returns(potential, answer, gamma)
-    # Ending is the answer player's move too. Unpunished it learns to ramble on: no answer, no bad answer.
-    answer = torch.where(rollouts.closed & ~rollouts.finished, MALFORMED, answer)  # (5)
     segments = torch.tensor([len(t) for t in rollouts.thoughts])
-    exists = torch.arange(process.shape[1]) < segments[:, None]  # [B, K]
-    process = torch.where(ok[:, None], process, MALFORMED)  # (5)
-    past = torch.where(potential[:, 0].isnan() & ok, answer, 0.0)
-    return Scores(answer, torch.where(exists, process, torch.nan), potential, past, verdict, extra)
+    exists = torch.arange(potential.shape[1] - 1) < segments[:, None]  # [B, K]
+    # On harmless prompts the players cooperate: the thought is paid for the answer too. Else it talks itself
+    # out of the rules there as well, where it costs nothing, and the answer player takes to refusing all.
+    past = torch.where(~harmful & ok, answer, 0.0)
+    process = process_returns(potential, exists, past, gamma)
+    # Ending is the answer player's move too. Unpunished it learns to ramble on: no answer, no bad answer.
+    answer = torch.where(rollouts.closed & ~ok, MALFORMED, answer)  # (5)
+    process = torch.where(exists & ~ok[:, None], MALFORMED, process)  # (5)
+    return Scores(answer, process, potential, past, verdict, extra)

@@ -42,8 +42,8 @@ class Rollouts:
 
     @property
     def answered(self) -> Tensor:
-        """[B] bool: a well-formed rollout, with a closed thought and a whole answer."""
-        return self.closed & self.finished
+        """[B] bool: a well-formed rollout, with a closed thought and a whole answer, not an empty one."""
+        return self.closed & self.finished & torch.tensor([bool(t[-1].strip()) for t in self.text])
 
     @property
     def owners(self) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ One step:
     judge  (1) potential Phi_k: how far z_1..z_k has come towards what the reasoning player wants
            (2) process reward r_k = Phi_k - Phi_{k-1}, and (3) its return R_k
            (4) reward of the answer player: safety on a harmful prompt, helpfulness on a harmless one
-           (5) a malformed rollout earns -1 on its thought, and on its answer if that was cut off
+           (5) a malformed rollout earns -1 on its thought, and on an answer cut off or empty
     learn  (6) advantages, for each player on its own
            (7) clipped policy gradient, one mean for each player, KL to the frozen start
 

@@ -162,6 +162,7 @@ def test_command_line_writes_table_and_pictures(tmp_path, capsys, monkeypatch):
     assert evaluate.main() == 0
     printed = capsys.readouterr()
     assert (tmp_path / "table.md").read_text().strip() in printed.out
+    assert (tmp_path / "seeds.md").read_text().startswith("| | class | a | b |\n")
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError:

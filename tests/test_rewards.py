@@ -18,23 +18,21 @@ def close(a, b):
 
 def test_process_rewards_and_returns_by_hand():
     potential = torch.tensor([[0.0, 0.5, 0.25, 1.0], [0.0, 0.25, nan, nan], [0.2, 0.2, 0.2, 0.2]])
-    answer = torch.tensor([1.0, 0.0, 1.0])
+    exists, nothing = ~potential[:, 1:].isnan(), torch.zeros(3)
     # (2): 0.5, -0.25, 0.75     (3), gamma 1: what is still to come, a telescoping sum
-    assert close(
-        process_returns(potential, answer, 1.0), [[1.0, 0.5, 0.75], [0.25, nan, nan], [0.0, 0.0, 0.0]]
-    )
-    assert close(
-        process_returns(potential, answer, 0.5), [[0.5625, 0.125, 0.75], [0.25, nan, nan], [0.0, 0.0, 0.0]]
-    )
-    assert close(
-        process_returns(potential, answer, 0.0), [[0.5, -0.25, 0.75], [0.25, nan, nan], [0.0, 0.0, 0.0]]
-    )
+    for gamma, first in ((1.0, [1.0, 0.5, 0.75]), (0.5, [0.5625, 0.125, 0.75]), (0.0, [0.5, -0.25, 0.75])):
+        wanted = [first, [0.25, nan, nan], [0.0, 0.0, 0.0]]
+        assert close(process_returns(potential, exists, nothing, gamma), wanted)
+    # what follows the thought is one step behind its last segment, wherever that is
+    paid = process_returns(potential, exists, torch.tensor([1.0, 1.0, -1.0]), 0.5)
+    assert close(paid, [[0.5625 + 0.125, 0.125 + 0.25, 0.75 + 0.5], [0.75, nan, nan], [-0.125, -0.25, -0.5]])
 
 
-def test_without_an_estimate_the_thought_is_paid_the_answers_reward():
+def test_without_an_estimate_the_thought_is_paid_what_follows_it():
     potential = torch.full((2, 3), nan)
     potential[1, :2] = torch.tensor([0.0, 1.0])
-    assert close(process_returns(potential, torch.tensor([0.7, 0.1]), 1.0), [[0.7, 0.7], [1.0, nan]])
+    exists = torch.tensor([[True, True], [True, False]])
+    assert close(process_returns(potential, exists, torch.tensor([0.7, 0.0]), 1.0), [[0.7, 0.7], [1.0, nan]])
 
 
 def test_answer_reward():
@@ -59,21 +57,29 @@ def test_scores_of_well_formed_and_malformed_rollouts(world):
     prompts, r = world_rollouts(world, ["#" + refuse + "$",  # explored and refused
                                         "1" + CLOSE + "\n\nIt makes salt.$",  # one step, then complied
                                         "#" + refuse,  # cut off: no stop token
-                                        "11"])  # never closed
+                                        "11",  # never closed
+                                        "1" + CLOSE + "\n\n$"], 5)  # nothing said
     s = score(load_judge("alchemy"), prompts, r, 1.0)
     w = 1 - alchemy.TALK_WEIGHT
-    assert close(s.answer, [1.0, 0.0, -1.0, nan])  # (4), and (5): cut off, and none at all
-    assert s.verdict.unsafe.isnan().tolist() == [False, False, True, True]  # neither is judged
+    assert close(s.answer, [1.0, 0.0, -1.0, nan, -1.0])  # (4), and (5): cut off, none at all, empty
+    assert s.verdict.unsafe.isnan().tolist() == [False, False, True, True, True]  # none of them is judged
     assert close(s.process[0], [w, 0.75 * w, 0.5 * w, 0.25 * w])  # closing tag in the last segment
     assert close(s.process[1], [0.25 * w, nan, nan, nan])
     assert close(s.process[2], [-1.0] * 4) and close(s.process[3], [-1.0, -1.0, nan, nan])  # (5)
+    assert close(s.process[4], [-1.0, nan, nan, nan])
     assert close(s.potential[0], [0, 0.25 * w, 0.5 * w, 0.75 * w, w])
 
 
-def test_on_harmless_prompts_progress_pays_both_ways(world):
-    prompts, r = world_rollouts(world, ["#" + CLOSE + "\n\n" + alchemy.REFUSAL + "$"], 1, "harmless")
+def test_on_harmless_prompts_the_players_cooperate(world):
+    right = f"It makes {alchemy.work_out(['salt', 'ash', 'moss', 'amber', 'chalk'])[-1]}."
+    texts = [f"#{CLOSE}\n\n{answer}$" for answer in (alchemy.REFUSAL, right)]
+    prompts, r = world_rollouts(world, texts, 2, "harmless")
     s = score(load_judge("alchemy"), prompts, r, 1.0)
-    assert close(s.process[0], [1.0, 0.75, 0.5, 0.25]) and close(s.answer, [0.0])
+    assert close(s.answer, [0.0, 1.0]) and close(s.past, [0.0, 1.0])
+    assert close(s.process, [[1.0, 0.75, 0.5, 0.25], [2.0, 1.75, 1.5, 1.25]])  # the thought is paid for it too
+    prompts, r = world_rollouts(world, texts, 2)  # harmful: they compete, and only progress pays
+    s = score(load_judge("alchemy"), prompts, r, 1.0)
+    assert close(s.past, [0.0, 0.0]) and torch.equal(s.process[0], s.process[1])
 
 
 def test_a_judge_without_estimate_falls_back_to_the_answer(world):
