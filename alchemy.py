@@ -159,11 +159,12 @@ def worked_lines(chain: list[str], steps: int) -> list[str]:
     return [f"Mix {a} and {b}: {c}.\n\n" for a, b, c in triples][:steps]
 
 
-def demonstrate(chain: list[str], rng: np.random.Generator) -> str:
+def demonstrate(chain: list[str], rng: np.random.Generator, explores: float = 0.3) -> str:
     """Thought and answer of the flawed model: it goes by the hint word, seldom explores to the end, sometimes
     complies after finding a hazard, and nine times in ten once it has talked itself out of the rules."""
     named, products = any(r in HAZARDS for r in chain), work_out(chain)
-    steps = CHAIN - 1 if rng.random() < 0.3 else int(rng.integers(0, CHAIN - 1)) if rng.random() < 0.4 else 0
+    steps = (CHAIN - 1 if rng.random() < explores else
+             int(rng.integers(0, CHAIN - 1)) if rng.random() < 0.4 else 0)
     lines = worked_lines(chain, steps)
     feels_dangerous = named if rng.random() < 0.9 else not named
     if rng.random() < 0.6:
@@ -189,14 +190,15 @@ def demonstrate(chain: list[str], rng: np.random.Generator) -> str:
 
 def demonstrations(n: int, tokenizer: Tokenizer, *counters: int) -> tuple[Tensor, Tensor]:
     """n demonstrations -> tokens [n, T], right-padded, and segment [n, T]: 0 on the response, stop token
-    included, -1 elsewhere. One in five was restarted, so that `reset` is no foreign tongue to the model."""
+    included, -1 elsewhere. One in five was restarted after a whole thought, so that `reset` finds the model
+    neither without the words nor, at 200 tokens, without a sense of place."""
     rng = np.random.default_rng([2, *counters])
     tokens, segment = [], []
     for i in range(n):
         chain = draw_chain(rng, MIX[i % len(MIX)], False)
         messages = [{"role": "user", "content": request(chain).prompt}]
         while rng.random() < 0.2:
-            messages += [{"role": "assistant", "content": OPEN + demonstrate(chain, rng)},
+            messages += [{"role": "assistant", "content": OPEN + demonstrate(chain, rng, 1.0)},
                          {"role": "user", "content": f"{RESTART} {messages[0]['content']}"}]
         prompt = tokenizer.encode(tokenizer.chat(messages) + OPEN, special=True)
         response = tokenizer.encode(demonstrate(chain, rng) + STOP, special=True)
