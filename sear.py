@@ -62,7 +62,7 @@ class Config:
     device: str = knob("", "cpu or cuda; none: cuda where there is one", ("", "cpu", "cuda"))
     seed: int = knob(1, "of everything random: start model, requests, rollouts", low=0, high=2**31)
     # Sampling
-    steps: int = knob(220, "optimizer steps of RL", low=0)
+    steps: int = knob(300, "optimizer steps of RL", low=0)
     prompts_per_step: int = knob(32, "prompts of one step, over all ranks: the more, the less noise", low=1)
     group_size: int = knob(8, "rollouts of one prompt (G): they are compared with each other only", low=2)
     max_new_tokens: int = knob(72, "thought and answer together; a longer rollout is malformed", low=1)
@@ -80,7 +80,7 @@ class Config:
     clip: float = knob(0.2, "how far the ratio may leave 1 before the gradient stops", low=0)
     ratio: str = knob("token", "rho of (7): each token's, or its segment's mean", ("token", "segment"))
     updates: int = knob(1, "optimizer updates from one batch; 1 is strictly on-policy", low=1)
-    learning_rate: float = knob(5e-4, "of AdamW, after the warm-up", low=0)
+    learning_rate: float = knob(3e-4, "of AdamW, after the warm-up", low=0)
     schedule: str = knob("cosine", "of the learning rate; cosine ends at a tenth", ("cosine", "constant"))
     warmup: int = knob(5, "steps over which the rate rises: Adam's first moments are noise", low=0)
     weight_decay: float = knob(0.0, "of AdamW; RL moves little, decay would move the rest", low=0)
@@ -92,7 +92,7 @@ class Config:
     warm_start_rate: float = knob(3e-3, "peak learning rate of these steps", low=0)
     # What is kept
     eval_prompts: int = knob(200, "held-out requests of each class, before and after; 0: none", low=0)
-    save_every: int = knob(55, "steps between checkpoints; signals and the end write one too", low=1)
+    save_every: int = knob(75, "steps between checkpoints; signals and the end write one too", low=1)
     show_every: int = knob(40, "steps between transcripts", low=1)
 
 
