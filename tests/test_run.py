@@ -81,7 +81,7 @@ def test_the_run_folder_holds_what_the_readme_says(run):
             "seconds",
             "grad_norm",
         } <= row.keys()
-        assert row["logprob_gap"] <= 1e-5 and row["seconds"].keys() == {"sample", "judge", "learn"}
+        assert row["logprob_gap"] <= 1e-5 and row["seconds"].keys() == {"sample", "judge", "learn", "communicate"}
     assert metrics[0]["kl"] == pytest.approx(0.0, abs=1e-6) and metrics[-1]["kl"] > 0
     stages = [(r["stage"], r["attack"], r["class"]) for r in checkpoint.rows(run / "eval.jsonl")]
     classes = ("harmful", "covert", "harmless", "ambiguous")
