@@ -3,6 +3,7 @@
     config.json       the knobs, one flat object
     environment.json  hash of the source, versions, machine, command
     metrics.jsonl     one row a step
+    bad_steps.jsonl   prompts of steps that came to no finite number, where there was one
     transcripts.jsonl some rollouts, segment by segment
     eval.jsonl        one row a stage, attack and class
     start/ model/     Hugging Face folders, before and after
@@ -10,13 +11,15 @@
     warm/             the same while the start model is trained
 
 Every random number of a run is a function of counters (seed, step, prompt, rollout, position), so the step is
-all the randomness there is to save. Weights are safetensors, the rest is JSON; nothing is ever unpickled.
+all the randomness there is to save. Weights are safetensors, the rest is JSON; no file is ever unpickled.
+With several ranks rank 0 writes, and all of them have to see the folder.
 """
 import argparse
 import contextlib
 import hashlib
 import json
 import math
+import os
 import platform
 import shutil
 import sys
@@ -26,15 +29,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from data import InputError, as_json, read_text
-from parallel import rank_and_world, total
+from parallel import gathered, own_rows, patient_group, rank_and_world, total, write_tensors
 
-LOGS = ("metrics.jsonl", "transcripts.jsonl")  # cut back to the checkpoint when a run is continued
-NOT_COMPARED = ("resume", "out", "device")  # where a run lives and runs is no part of what it is
+LOGS = ("metrics.jsonl", "transcripts.jsonl", "bad_steps.jsonl")  # cut back when a run is continued
+# Where a run lives, where it runs and when it gives up is no part of what it is.
+NOT_COMPARED = ("resume", "out", "device", "shard", "timeout", "max_bad_steps")
 INPUTS = ("model", "prompts", "judge", "reward_model")  # knobs that may name a file or a folder
 EDGE = 1 << 20  # bytes
 STOP: list[int] = []  # signals received; looked at between steps and between attacks
@@ -49,22 +53,47 @@ def stopping() -> bool:
     return bool(total(torch.tensor(len(STOP))))
 
 
+class Diverged(Exception):
+    """Too many steps came to no finite loss or gradient."""
+
+
 class SaveError(OSError):
     """The disk did not take what was to be saved. What was saved before is untouched."""
 
 
+def together(task, patient: bool = False):
+    """Every rank runs the task, in many of which only rank 0 has anything to do. Where one fails all raise
+    its error: nobody waits for who has left. patient: however long it takes. -> the result on this rank."""
+    group, result, error = patient_group() if patient else None, None, None
+    try:
+        result = task()
+    except (InputError, SaveError, Stopped, Diverged) as e:
+        error = e
+    if errors := gathered([error] if error else [], group):
+        raise error or errors[0]
+    return result
+
+
 @contextlib.contextmanager
 def whole_folder(folder: Path):
-    """Yields a temporary folder that takes the place of `folder` if the block ends well, else vanishes."""
+    """Yields a temporary folder that takes the place of `folder` if the block ends well, else vanishes. Of
+    several ranks that come here only rank 0 touches the disk."""
     temporary = folder.with_name(f".{folder.name}.tmp")  # what a killed process left of it goes first
+    if rank_and_world()[0] > 0:
+        yield temporary
+        return
     try:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        with contextlib.suppress(OSError):  # the block will fail too, once it has gathered what others send
+            temporary.mkdir(parents=True)
         yield temporary
+        for file in temporary.iterdir():  # a folder that is there is whole, even if the power fails now
+            with open(file, "rb") as f:
+                os.fsync(f.fileno())
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise SaveError(f"{folder} could not be saved: {error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -101,20 +130,18 @@ def rows(file: Path) -> list[dict]:
         raise InputError(f"{file} is no log of a run: {error}") from None
 
 
+def same_on_all(config: dict) -> None:
+    """Raises InputError, on every rank, where the ranks do not run the same code with the same knobs."""
+    mine = {"code": environment()["source_sha256"], "torch version": torch.__version__} | config
+    ranks = gathered([mine])
+    other = {i: [k if k not in config else f"config (--{k.replace('_', '-')})" for k in mine if
+                 them.get(k) != ranks[0].get(k)] for i, them in enumerate(ranks)}
+    if found := [f"rank {i} differs from rank 0 in {', '.join(keys)}" for i, keys in other.items() if keys]:
+        raise InputError(f"all ranks need the same code, config and torch version, but {'; '.join(found)}")
+
+
 def open_run(folder: Path, config: dict, resume: bool) -> None:
-    """Makes the run folder, or raises InputError, on every rank, where the one there is not this run to be
-    continued."""
-    error = None
-    if rank_and_world()[0] == 0:
-        try:
-            make_run(folder, config, resume)
-        except InputError as e:
-            error = e
-    if total(torch.tensor(int(error is not None))):
-        raise error or InputError(f"rank 0 could not open {folder}")
-
-
-def make_run(folder: Path, config: dict, resume: bool) -> None:
+    """Makes the run folder. Raises InputError where the one there is not this run to be continued."""
     file = folder / "config.json"
     named = {k: Path(config[k]) for k in INPUTS if config.get(k) and Path(config[k]).exists()}
     inputs = {k: fingerprint(path) for k, path in named.items()}
@@ -165,10 +192,12 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see --help)")
 
 
-def read_flags(arguments: list[str], config: type, description: str, presets: dict[str, dict]) -> dict:
+def read_flags(arguments: list[str], config: type, description: str, presets: dict[str, dict],
+               out: str) -> dict:
     """Values for the fields of `config`, a dataclass whose metadata hold help, choices, low and high, from
     flags of the same names. Giving the flag that a preset is named after moves the defaults to the preset's;
-    --resume takes all that is not given from the run's config.json. Raises InputError."""
+    --resume takes all that is not given from the run's config.json; "auto", which a process means too that
+    torchrun has restarted, only if there is one. out: pattern of the default folder. Raises InputError."""
     parser = Parser(prog="sear.py", description=description, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     knobs = {f.name: f for f in fields(config)}
@@ -178,7 +207,11 @@ def read_flags(arguments: list[str], config: type, description: str, presets: di
         parser.add_argument("--" + name.replace("_", "-"), type=type(f.default),
                             choices=f.metadata["choices"] or None, help=f.metadata["help"] + shown)
     given = vars(parser.parse_args(arguments))
-    if "resume" in given:
+    given["out"] = given.get("out") or out.format(**{k: given.get(k, f.default) for k, f in knobs.items()})
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if given.get("resume", "auto" if restarted else "") == "auto":
+        given["resume"] = given["out"] if Path(given["out"], "config.json").exists() else ""
+    if given.get("resume"):
         file = Path(given["resume"]) / "config.json"
         stored = as_json(file, read_text(file))
         given = {k: v for k, v in stored.items() if k in knobs} | given | {"out": given["resume"]}
@@ -211,33 +244,46 @@ def latest(run: Path) -> Path | None:
 
 
 def save(run: Path, step: int, model: nn.Module, optimizer: torch.optim.AdamW) -> None:
-    """Writes checkpoint/<step>/, then drops older ones."""
+    """Writes checkpoint/<step>/, then drops older ones. Every rank calls if it is sharded; rank 0 writes."""
     names = {p: name for name, p in model.named_parameters()}
-    moments = {f"{names[p]}.{key}": value.cpu() for p, state in optimizer.state.items()
+    moments = {f"{names[p]}.{key}": value for p, state in optimizer.state.items()
                for key, value in state.items() if key != "step"}
     updates = {int(state["step"]) for state in optimizer.state.values()}
     folder = run / "checkpoint" / str(step)
     with whole_folder(folder) as temporary:
-        save_file({name: p.detach().cpu() for p, name in names.items()}, temporary / "weights.safetensors")
-        save_file(moments, temporary / "optimizer.safetensors")
+        write_tensors({temporary / "weights.safetensors": {name: p for p, name in names.items()},
+                       temporary / "optimizer.safetensors": moments})
+        if rank_and_world()[0] > 0:
+            return
         (temporary / "state.json").write_text(json.dumps({"step": step, "updates": max(updates, default=0)}))
     for old in folder.parent.iterdir():
         if old != folder:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
 
 
+@torch.no_grad()
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW) -> int:
-    """Puts the checkpoint's weights and optimizer state in place. -> the steps it was taken after."""
+    """Puts the checkpoint's weights and optimizer state in place; a rank reads the rows that it holds, so any
+    number of ranks will do. -> the steps it was taken after."""
     state = as_json(folder / "state.json", read_text(folder / "state.json"))
+
+    def fill(target: Tensor, file, name: str) -> Tensor:
+        mine, first = own_rows(target)
+        stored = file.get_slice(name)
+        if list(target.shape) != stored.get_shape():
+            raise InputError(f"{folder}: '{name}' has shape {stored.get_shape()}, not {list(target.shape)}")
+        if len(mine):  # with more ranks than rows some hold nothing
+            mine.copy_(stored[first:first + len(mine)])
+        return target
     try:
-        weights = load_file(folder / "weights.safetensors")
-        moments = load_file(folder / "optimizer.safetensors")
-        with torch.no_grad():
+        with (safe_open(folder / "weights.safetensors", "pt") as weights,
+              safe_open(folder / "optimizer.safetensors", "pt") as moments):
             for name, p in model.named_parameters():
-                p.copy_(weights[name])
+                fill(p, weights, name)
                 if state["updates"]:
                     optimizer.state[p] = {"step": torch.tensor(float(state["updates"]))} | {
-                        key: moments[f"{name}.{key}"].to(p.device) for key in ("exp_avg", "exp_avg_sq")}
+                        key: fill(torch.zeros_like(p), moments, f"{name}.{key}")
+                        for key in ("exp_avg", "exp_avg_sq")}
     except (SafetensorError, KeyError, OSError) as error:
         raise InputError(f"{folder} is no whole checkpoint: {error}") from None
     return state["step"]
@@ -245,9 +291,53 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW) -> int:
 
 def cut_logs(run: Path, steps: int) -> None:
     """Drops the logs' rows from after the checkpoint: those steps will be taken again."""
-    for name in LOGS:
+    for name in filter(lambda name: (run / name).exists(), LOGS):
         kept = [row for row in rows(run / name) if row["step"] < steps]
         write(run / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+
+
+def log_step(run: Path, row: dict, shown: list[dict], bad: list[dict], limit: int) -> None:
+    """Writes a step down; of all ranks' transcripts the first of each label. Raises Diverged where it is the
+    last bad step that was allowed."""
+    append(run / "metrics.jsonl", row)
+    for t in [t for i, t in enumerate(shown) if t["label"] not in [s["label"] for s in shown[:i]]]:
+        append(run / "transcripts.jsonl", t)
+        tqdm.write(coloured(t))
+    for prompt in bad:
+        append(run / "bad_steps.jsonl", prompt)
+    if bad:
+        count = sum(row["skipped"] for row in rows(run / "metrics.jsonl"))
+        said = (f"step {row['step']}: loss or gradient was not finite and nothing learned from it; "
+                f"its prompts are in {run}/bad_steps.jsonl ({count} such steps, {limit} end the run)")
+        if count >= limit:
+            raise Diverged(said)
+        tqdm.write(said, file=sys.stderr)
+
+
+def export(folder: Path, model: nn.Module, tokenizer) -> None:
+    """The Hugging Face folder of model and tokenizer. Of a sharded model every rank calls; rank 0 writes."""
+    with whole_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        if rank_and_world()[0] == 0:
+            tokenizer.save_pretrained(temporary)
+
+
+def offenders(step: int, prompts: list, rollouts, finite_alone) -> list[dict]:
+    """Rows of bad_steps.jsonl, from all ranks: the prompts of a step whose loss or gradient is not finite
+    with nobody else's in it either or, if there is none, all. prompts: the one of each of this rank's
+    rollouts. finite_alone(rollouts) tells, and all ranks have to ask it about every prompt."""
+    rank, world = rank_and_world()
+    groups = [(rollouts.prompt == i).nonzero()[:, 0].tolist() for i in rollouts.prompt.unique().tolist()]
+    many, found = gathered([len(groups)]), []
+    for owner in range(world):
+        for i in range(many[owner]):
+            alone = not finite_alone(groups[i] if rank == owner else [])
+            if rank == owner:
+                prompt, texts = prompts[groups[i][0]], ["".join(rollouts.text[b]) for b in groups[i]]
+                found.append(dict(step=step, prompt=prompt.prompt, label=prompt.label, alone=alone,
+                                  rollouts=texts))
+    everyone = gathered(found)
+    return [row for row in everyone if row["alone"]] or everyone
 
 
 def transcript(step: int, prompt, b: int, rollouts, scores, returns: Tensor, thought: Tensor, answer: Tensor):

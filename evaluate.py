@@ -23,7 +23,7 @@ import alchemy
 import checkpoint
 from data import InputError, Prompt, Tokenizer, as_json, read_text
 from model import Transformer
-from parallel import gathered, rank_and_world
+from parallel import gathered, gathered_once, rank_and_world
 from rewards import Judge
 from rollout import CLOSE, Rollouts, check_length, encode_chat, sample
 
@@ -154,10 +154,11 @@ def stage(name: str, run: Path, model, tokenizer, judge: Judge, prompts: list[Pr
     done = checkpoint.rows(file)
     if not prompts or any(row["stage"] == name for row in done):
         return
-    fresh = measure(model, tokenizer, judge, prompts, c, name,
-                    lambda x: bar(x, desc=f"evaluate {name}", leave=False))
-    if rank_and_world()[0] == 0:
-        checkpoint.write(file, "".join(json.dumps(row) + "\n" for row in done + fresh))
+    with gathered_once(model):
+        fresh = measure(model, tokenizer, judge, prompts, c, name,
+                        lambda x: bar(x, desc=f"evaluate {name}", leave=False))
+    text = "".join(json.dumps(row) + "\n" for row in done + fresh)
+    checkpoint.together(lambda: rank_and_world()[0] == 0 and checkpoint.write(file, text))
 
 
 # ---- tables ----------------------------------------------------------------------------------------------

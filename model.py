@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data import InputError, as_json, read_text
+from parallel import own_rows, rank_and_world, write_tensors
 
 COPY_BYTES = 32 << 20  # of one piece of a weight: what loading needs beyond the model's own bytes
 INIT_STD = 0.05  # of a model made from scratch; the embedded world's 96-wide start model is the only one
@@ -122,9 +122,8 @@ def attention_windows(raw: dict, family: str, layers: int) -> list[int | None]:
 class Cache:
     """Static KV cache: buffers of S columns, filled from the left; all rows write the same column.
 
-    A row is a set of valid columns: left padding, and what of a thought a fork leaves behind, are merely
-    columns marked invalid. Positions are counted over valid columns, so a fork needs no re-rotation of its
-    keys."""
+    A row is a set of valid columns: left padding, and what of a thought a fork leaves behind, are columns
+    marked invalid. Positions are counted over valid columns, so a fork needs no re-rotation of its keys."""
     k: Tensor  # [layers, B, J, S, E]
     v: Tensor  # [layers, B, J, S, E]
     valid: Tensor  # [B, S] bool
@@ -166,9 +165,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attention_dtype(x: Tensor) -> torch.dtype:
-    """fp64 on the CPU. Attention is the one place where decoding a token and the full forward add in
-    different orders; in fp32 that alone moves a log-prob by up to 2e-5, here both round to the same fp32
-    result."""
+    """fp64 on the CPU. Attention is the one place where decoding a token and the full forward add in other
+    orders; in fp32 that alone moves a log-prob by up to 2e-5, here both round to the same fp32 result."""
     return torch.float64 if x.device.type == "cpu" and x.dtype == torch.float32 else x.dtype
 
 
@@ -275,8 +273,7 @@ class Transformer(nn.Module):
 
     def hidden(self, tokens, attention_mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Final normed states [B, T, D]. Without mask and cache attention is plainly causal, the fast path:
-        right padding is harmless then, as no real token sees it. With a cache the T tokens are appended to
-        it."""
+        right padding is harmless then, unseen by real tokens. A cache has the T tokens appended to it."""
         B, T = tokens.shape
         if cache is not None:
             if cache.length + T > cache.valid.shape[1]:
@@ -298,7 +295,8 @@ class Transformer(nn.Module):
         x = self.model.embed_tokens(tokens).to(self.compute_dtype)  # [B, T, D]
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         for i, block in enumerate(self.model.layers):
-            x = block(x, cos, sin, masks[self.config.windows[i]], cache, i)
+            run = block if cache is None else block.forward  # sampling: all is gathered, hooks only cost
+            x = run(x, cos, sin, masks[self.config.windows[i]], cache, i)
         if cache is not None:
             cache.length += T
         return self.model.norm(x)
@@ -316,8 +314,8 @@ class Transformer(nn.Module):
     def cast_once(self):
         """Within the block every Linear uses one copy of its weight in the compute type, the same bits:
         decoding would otherwise read the fp32 masters and write the cast for each token. No-op in fp32."""
-        linears = [m for m in self.modules() if isinstance(m, Linear)]
-        linears = linears if self.compute_dtype != torch.float32 else []
+        wide = self.compute_dtype == torch.float32
+        linears = [m for m in self.modules() if isinstance(m, Linear) and not wide]
         try:
             for m in linears:
                 m.cast = m.weight.detach().to(self.compute_dtype)
@@ -342,14 +340,16 @@ class Transformer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu",
-                        dtype: torch.dtype | None = None) -> "Transformer":
+                        dtype: torch.dtype | None = None, arrange=lambda model: None) -> "Transformer":
         """Loads a Hugging Face folder, one or several safetensors files, into fp32 masters; `dtype` is the
         compute type (default bf16 on CUDA, fp32 on CPU). Peak memory: the model's own bytes plus COPY_BYTES.
-        Raises InputError on a missing, truncated or misshapen file and on an unknown architecture."""
+        On the device "meta" the files are only checked; `arrange` may shard the parameters before they take
+        room. Raises InputError on a missing, truncated or misshapen file and on an unknown architecture."""
         folder = Path(folder)
         config, generation = read_configs(folder)
         with torch.device("meta"):
             model = cls(config, generation, dtype)
+        arrange(model)
         model.to_empty(device=device)
         if config.tie_word_embeddings:  # to_empty allocates afresh and parts them
             model.lm_head.weight = model.model.embed_tokens.weight
@@ -371,15 +371,14 @@ class Transformer(nn.Module):
             copy_weight(found[name], name, target)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes config.json, generation_config.json and model.safetensors (fp32) as `transformers` does."""
+        """Writes config.json, generation_config.json and model.safetensors (fp32) as `transformers` does. Of
+        a sharded model every rank calls, and rank 0 writes."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        write_tensors({folder / "model.safetensors": dict(self.named_parameters())})
         raw = {k: v for k, v in self.config.raw.items() if k != "torch_dtype"} | {"dtype": "float32"}
-        (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-        if self.generation:
-            (folder / "generation_config.json").write_text(json.dumps(self.generation, indent=2) + "\n")
-        weights = {k: p.detach().cpu().contiguous() for k, p in self.named_parameters()}
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        for name, content in (("config.json", raw), ("generation_config.json", self.generation)):
+            if content and rank_and_world()[0] == 0:
+                (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
 def causal_mask(valid: Tensor, T: int, window: int | None = None) -> Tensor:
@@ -444,7 +443,8 @@ def copy_weight(file: Path, name: str, target: Tensor) -> None:
         shape = f.get_slice(name).get_shape()
     if list(target.shape) != shape:
         raise InputError(f"{file}: weight '{name}' has shape {shape}, by config.json {list(target.shape)}")
-    step = max(1, COPY_BYTES // (4 * max(1, target[0].numel())))  # rows a piece
-    for i in range(0, shape[0], step):
+    mine, first = own_rows(target)
+    step = max(1, COPY_BYTES // (4 * max(1, target.shape[1:].numel())))  # rows a piece
+    for i in range(0, 0 if target.is_meta else len(mine), step):
         with open_weights(file) as f:
-            target[i:i + step].copy_(f.get_slice(name)[i:i + step])
+            mine[i:i + step].copy_(f.get_slice(name)[first + i:first + min(i + step, len(mine))])

@@ -63,7 +63,7 @@ def rules_judge() -> Judge:
 
     def potential(prompts, thoughts):
         said = torch.tensor([float(bool(t.strip())) for t in thoughts])
-        harmful = torch.tensor([p.label == "harmful" for p in prompts])
+        harmful = torch.tensor([p.label == "harmful" for p in prompts], dtype=torch.bool)
         return torch.where(harmful, verdict(prompts, thoughts).unsafe * said, torch.nan)
     return Judge(verdict, potential)
 
@@ -102,6 +102,8 @@ def text_potential(judge: Judge, prompts: list[Prompt], rollouts: Rollouts) -> T
 
 
 def ragged(rows: list[Tensor]) -> Tensor:
+    if not len(rows):  # a rank without a prompt
+        return torch.zeros(0, 2)
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=torch.nan)
 
 
@@ -136,11 +138,11 @@ def probe_potential(judge: Judge, prompts: list[Prompt], rollouts: Rollouts, ans
 def score(judge: Judge, prompts: list[Prompt], rollouts: Rollouts, gamma: float,
           probe: dict | None = None) -> Scores:
     """prompts: the one of each rollout, B. probe: keyword arguments of probe_potential, None for `text`."""
-    harmful = torch.tensor([p.label == "harmful" for p in prompts])
+    harmful = torch.tensor([p.label == "harmful" for p in prompts], dtype=torch.bool)
     ok = rollouts.answered
     verdict = Verdict(*(torch.where(ok, v, torch.nan) for v in judge.verdict(prompts, rollouts.answers)))
     answer = answer_reward(verdict, harmful)
-    if probe is None:
+    if probe is None or not prompts:
         potential, extra = text_potential(judge, prompts, rollouts), 0
     else:
         potential, extra = probe_potential(judge, prompts, rollouts, answer, **probe)

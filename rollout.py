@@ -20,7 +20,8 @@ OPEN, CLOSE = "<think>\n", "</think>"  # the opening tag ends the prompt; the cl
 BLANK_LINE = re.compile(rb"\n(?:[ \t\r]*\n)+")
 CLOSING_TAG = re.compile(rb"</think>\n*")  # the newlines behind the tag belong to it: some tokens hold both
 BEFORE, MESSAGE = "\ue000answer\ue000", "\ue000message\ue000"  # private-use marks to cut a template at
-MIN_ROWS = 16  # finished rows stay for company: below this BLAS adds up in another order than the learner
+MIN_ROWS = 16  # finished rows stay for company: with fewer BLAS adds up in another order, so the bits of a
+# rollout would hang on who else is in the batch, and on the number of ranks
 LIVE_SHARE = 0.75  # below it the batch is repacked without its finished rows
 
 
@@ -43,7 +44,8 @@ class Rollouts:
     @property
     def answered(self) -> Tensor:
         """[B] bool: a well-formed rollout, with a closed thought and a whole answer, not an empty one."""
-        return self.closed & self.finished & torch.tensor([bool(t[-1].strip()) for t in self.text])
+        said = [bool(t[-1].strip()) for t in self.text]
+        return self.closed & self.finished & torch.tensor(said, dtype=torch.bool)
 
     @property
     def owners(self) -> tuple[Tensor, Tensor]:
@@ -193,8 +195,10 @@ def decode(model: Transformer, cache: Cache, states: Tensor, u: Tensor, temperat
     logprob = torch.zeros(B, N, device=device)
     length = torch.full((B,), N, device=device)
     stop = torch.tensor(model.stop_ids, device=device)
-    live = torch.arange(B, device=device)  # the rollout that each row of the batch is
-    running = torch.ones(B, dtype=torch.bool, device=device)  # [rows]
+    live = torch.arange(max(B, MIN_ROWS), device=device) % B  # the rollout that each row of the batch is
+    running = torch.arange(len(live), device=device) < B  # [rows]; company for the few is doubles of them
+    if B < MIN_ROWS:
+        cache, states = cache.rows(live), states[live]
     row_steps = 0
     for t in range(N):
         token, lp = choose(model, states, u[live, t], temperature)  # [rows]
@@ -271,7 +275,10 @@ def cut(tokens: list[int], closed: bool, tokenizer: Tokenizer, stop_ids: list[in
 
 
 def join(parts: list[Rollouts]) -> Rollouts:
-    """One Rollouts from several of different length."""
+    """One Rollouts from several of different length; from none, that of a rank that has no prompt."""
+    if not parts:
+        ids, flags = torch.zeros(0, 1, dtype=torch.long), torch.zeros(0, dtype=torch.bool)
+        return Rollouts(ids, ids, ids.float(), flags, flags, ids[:, 0], [], [], 0, 0, [], ids[:, 0])
     T = max(p.tokens.shape[1] for p in parts)
     fill = {"tokens": 0, "segment": -1, "logprob": 0.0}
     joined = {}
@@ -287,14 +294,15 @@ def join(parts: list[Rollouts]) -> Rollouts:
 
 
 def micro_batches(length: Tensor, budget: int) -> list[list[int]]:
-    """Rows by length, cut so that no batch has more than `budget` padded tokens, but one row at least."""
+    """Rows by length, cut so that no batch has more than `budget` padded tokens, but one row at least. A rank
+    without a rollout has no batch."""
     batches, rows = [], []
     for b in length.argsort(stable=True).tolist():
         if rows and (len(rows) + 1) * int(length[b]) > budget:
             batches.append(rows)
             rows = []
         rows.append(b)
-    return batches + [rows]
+    return batches + [rows] * bool(rows)
 
 
 @torch.no_grad()
@@ -309,7 +317,7 @@ def force_answers(model: Transformer, rollouts: Rollouts, tokenizer: Tokenizer, 
     sizes = np.cumsum([0] + [c.valid.shape[0] for c in rollouts.caches])  # first row of each part
     answers, extra = [], 0
     per_part = max(1, max_rows // samples)
-    group = len(rollouts.prompt) // len(prompt_ids)
+    group = len(rollouts.prompt) // max(1, len(prompt_ids))
     with model.cast_once():
         for number, cache in enumerate(rollouts.caches):
             mine = [p for p in points if sizes[number] <= p[0] < sizes[number + 1]]

@@ -20,10 +20,11 @@ import math
 import os
 import signal
 import sys
-import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # or a lost rank prints a page of C++ frames
 
 import numpy as np
 import torch
@@ -34,13 +35,16 @@ from tqdm import tqdm
 import alchemy
 import checkpoint
 import evaluate
-from data import InputError, Prompt, Tokenizer, load_prompts
+from data import InputError, Prompt, Tokenizer
+from inputs import load_start, prepare_start, read_inputs
 from kernels import SegmentLogprobs, segment_logprobs
 from model import Transformer
-from parallel import largest, means, rank_and_world, reduce_gradients, total
-from rewards import JUDGES, MALFORMED, Judge, Scores, load_judge, score
-from rollout import CLOSE, Rollouts, check_length, encode_chat, micro_batches, sample
+from parallel import (RankLost, gathered, gathered_once, joined, keep_up, largest, means, own_device,
+                      rank_and_world, sum_gradients, total)
+from rewards import JUDGES, MALFORMED, Judge, Scores, Verdict, load_judge, score
+from rollout import Rollouts, encode_chat, micro_batches, sample
 
+OUT = "runs/{objective}-seed{seed}"  # the default run folder
 OBJECTIVES = ("sear", "competing-outcome", "outcome", "safe-thought", "no-thought")
 EPS = 1e-6  # of equation (6)
 
@@ -58,7 +62,7 @@ class Config:
     prompts: str = knob("", "prompt file (JSONL, XSTest, OR-Bench, HarmBench, ...); none: the embedded world")
     judge: str = knob("alchemy", "the world's exact verifier, or rules that find refusals", tuple(JUDGES))
     out: str = knob("", "run folder; none: runs/<objective>-seed<seed>")
-    resume: str = knob("", "run folder to continue to the bits of a run that was never interrupted")
+    resume: str = knob("", "run folder to go on with, to the bits of an unbroken run; auto: --out if it is")
     device: str = knob("", "cpu or cuda; none: cuda where there is one", ("", "cpu", "cuda"))
     seed: int = knob(1, "of everything random: start model, requests, rollouts", low=0, high=2**31)
     # Sampling
@@ -94,6 +98,11 @@ class Config:
     eval_prompts: int = knob(200, "held-out requests of each class, before and after; 0: none", low=0)
     save_every: int = knob(75, "steps between checkpoints; signals and the end write one too", low=1)
     show_every: int = knob(40, "steps between transcripts", low=1)
+    max_bad_steps: int = knob(3, "steps without a finite loss and gradient, in all, that end the run", low=1)
+    # Ranks
+    shard: str = knob("auto", "split weights and optimizer over ranks; auto: if half a GPU cannot hold them",
+                      ("auto", "yes", "no"))
+    timeout: float = knob(600.0, "seconds ranks wait for each other: starting, in a step, saving", low=1)
 
 
 # A 1.5B checkpoint is another animal than a toy of 0.28M: TARS's values (arXiv 2507.00971, section 3.3).
@@ -120,10 +129,10 @@ def thought_returns(objective: str, scores: Scores, harmful: Tensor) -> Tensor:
 def advantages(returns: Tensor, G: int, past: Tensor | None = None) -> Tensor:
     """Equation (6). returns [B, K], the G rollouts of a prompt side by side, NaN: nothing there -> [B, K], 0
     there. Each player on its own: added into one scalar they would cancel on harmful prompts."""
-    group = returns.view(-1, G, returns.shape[1])  # [P, G, K]
+    group = returns.view(len(returns) // G, G, returns.shape[1])  # [P, G, K]
     # The mean is each segment index's. A thought that has ended counts there with what it would still earn,
     # past [B]: left out, a segment would be compared with others that went on too, never with stopping.
-    reached = group if past is None else torch.where(group.isnan(), past.view(-1, G, 1), group)
+    reached = group if past is None else torch.where(group.isnan(), past.view(len(group), G, 1), group)
     centred = group - reached.nanmean(1, keepdim=True)
     std = centred.square().nanmean((1, 2), keepdim=True).sqrt()  # [P, 1, 1]: the player's, in this group
     return (centred / (std + EPS)).nan_to_num(0.0).view_as(returns)  # (6)
@@ -150,15 +159,19 @@ def policy_loss(logprob: Tensor, ref: Tensor | None, log_ratio: Tensor, advantag
 
 
 def accumulate(model: Transformer, reference: Transformer | None, rollouts: Rollouts, advantage: Tensor,
-               c: Config) -> dict[str, float]:
-    """Adds the gradient of (7) over this rank's rollouts to the parameters'. [T, V] never exists: hidden
-    states go straight into segment_logprobs. -> this rank's share of loss, kl, entropy; its logprob_gap."""
+               c: Config, chosen: list[int] | None = None) -> dict[str, float]:
+    """Adds the gradient of (7) over this rank's rollouts, or the chosen of them, to the parameters'. [T, V]
+    never exists: hidden states go straight into segment_logprobs. -> this rank's share of loss, kl, entropy;
+    its logprob_gap."""
     device, owned = model.device, rollouts.segment >= 0
     is_thought, is_answer = rollouts.owners
     counts = total(torch.stack([m.sum() for m in (is_thought, is_answer, owned)])).clamp(min=1).to(device)
     length = (torch.arange(owned.shape[1]) * owned).amax(1) + 1  # [B], prompt included
     logs = dict(loss=0.0, kl=0.0, entropy=0.0, logprob_gap=0.0)
-    for rows in micro_batches(length, c.tokens_per_micro_batch):
+    chosen = list(range(len(length))) if chosen is None else chosen
+    parts = [[chosen[i] for i in part] for part in micro_batches(length[chosen], c.tokens_per_micro_batch)]
+    fewer = int(largest(len(parts))) - len(parts)  # than the rank that has most
+    for rows in parts:
         T = int(length[rows].max())
         mine = owned[rows, 1:T].flatten()  # position t predicts token t + 1: all on the targets' side
         first = torch.tensor([0] + [len(rollouts.text[b]) for b in rows]).cumsum(0)  # ids unique in the pack
@@ -190,6 +203,7 @@ def accumulate(model: Transformer, reference: Transformer | None, rollouts: Roll
         logs["kl"] += kl.item()
         logs["entropy"] += (out.entropy.sum() / counts[2]).item()
         logs["logprob_gap"] = max(logs["logprob_gap"], (logprob - old).abs().max().item())
+    keep_up(model, reference, fewer)
     return logs
 
 
@@ -226,46 +240,61 @@ def rollout_step(c: Config, model: Transformer, tokenizer: Tokenizer, judge: Jud
 
 
 def train_step(c: Config, model, reference, optimizer, tokenizer, judge, pool, step: int):
-    """-> the row of metrics.jsonl, and transcripts of the first harmful and the first harmless rollout."""
-    prompts, rollouts, scores, seconds = rollout_step(c, model, tokenizer, judge, pool, step)
-    begin = time.perf_counter()
-    harmful = torch.tensor([p.label == "harmful" for p in prompts])
+    """-> the row of metrics.jsonl, transcripts of the first harmful and the first harmless rollout, and the
+    rows of bad_steps.jsonl: an update whose loss or gradient is not finite is not made, nor any after it."""
+    with gathered_once(model):
+        prompts, rollouts, scores, seconds = rollout_step(c, model, tokenizer, judge, pool, step)
+    begin, seconds["communicate"] = time.perf_counter(), 0.0
+    harmful = torch.tensor([p.label == "harmful" for p in prompts], dtype=torch.bool)
     returns = thought_returns(c.objective, scores, harmful)
     ended = scores.past if returns.shape[1] > 1 else None
     thought = advantages(returns, c.group_size, ended)
     answer = advantages(scores.answer[:, None], c.group_size)
     advantage = token_advantages(rollouts, thought, answer)
     optimizer.param_groups[0]["lr"] = rate = learning_rate(c, step)
-    logs = None
-    for _ in range(c.updates):
+    logs, bad = None, []
+
+    def gradient(chosen: list[int] | None = None) -> tuple[dict, float, bool]:
         optimizer.zero_grad()
-        now = accumulate(model, reference, rollouts, advantage, c)
+        logs = accumulate(model, reference, rollouts, advantage, c, chosen)
+        waiting = time.perf_counter()
+        norm, loss = sum_gradients(model), total(torch.tensor(logs["loss"], dtype=torch.float64)).item()
+        seconds["communicate"] += time.perf_counter() - waiting  # for the slowest rank, too
+        return logs, norm, math.isfinite(norm) and math.isfinite(loss)
+
+    for _ in range(c.updates):
+        now, norm, finite = gradient()
         logs = logs or now  # of the first update: after it, sampler and learner are two models
-        norm = reduce_gradients(model, c.max_grad_norm)
+        if not finite:
+            bad = checkpoint.offenders(step, prompts, rollouts, lambda chosen: gradient(chosen)[2])
+            break
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), c.max_grad_norm, torch.tensor(norm))
         optimizer.step()
-    seconds["learn"] = time.perf_counter() - begin
+    seconds["learn"] = time.perf_counter() - begin - seconds["communicate"]
     row = {"step": step} | summary(rollouts, scores, returns[:, 0], harmful, logs)
-    row |= dict(grad_norm=norm, learning_rate=rate, seconds=seconds)
+    row |= dict(grad_norm=norm, learning_rate=rate, skipped=bool(bad))
+    row = {k: v if v is not None and math.isfinite(v) else None for k, v in row.items()}
+    row["seconds"] = seconds
     chosen = {p.label: b for b, p in reversed(list(enumerate(prompts)))}
     shown = [checkpoint.transcript(step, prompts[b], b, rollouts, scores, returns, thought, answer)
              for b in sorted(chosen.values())]
-    return row, shown
+    return row, shown, bad
 
 
 def summary(rollouts: Rollouts, scores: Scores, first: Tensor, harmful: Tensor, logs: dict) -> dict:
     """What a step came to, over all ranks: rates over rollouts, counts of tokens. first [B]: the return of
     each thought's first segment. Where an answer is rated, a rollout without one counts as 0."""
-    B, judged = len(harmful), scores.verdict
+    B, judged = len(harmful), Verdict(*(v.double() for v in scores.verdict))  # sums in another order: equal
     gap = largest(logs.pop("logprob_gap"))
     counts = dict(tokens=int((rollouts.segment >= 0).sum()), row_steps=rollouts.row_steps,
                   prefilled_tokens=rollouts.prefilled_tokens, probe_tokens=scores.extra_tokens)
     row = means({
-        "answer_reward": (scores.answer.nansum().item(), B),
-        "thought_reward": (first.nansum().item(), int((~first.isnan()).sum())),
+        "answer_reward": (scores.answer.double().nansum().item(), B),
+        "thought_reward": (first.double().nansum().item(), int((~first.isnan()).sum())),
         "unsafe": (judged.unsafe[harmful].nansum().item(), int(harmful.sum())),
         "over_refusal": (judged.refusal[~harmful].nansum().item(), int((~harmful).sum())),
         "helpful": (judged.helpful[~harmful].nansum().item(), int((~harmful).sum())),
-        "potential": (scores.potential.nan_to_num(0.0).amax(1).sum().item(), B),
+        "potential": (scores.potential.nan_to_num(0.0).amax(1).double().sum().item(), B),
         "answered": (int(rollouts.answered.sum()), B), "thought_tokens": (int(rollouts.owners[0].sum()), B)})
     summed = total(torch.tensor([*logs.values(), *counts.values()], dtype=torch.float64)).tolist()
     row |= dict(zip([*logs, *counts], summed)) | {"logprob_gap": gap}
@@ -280,136 +309,75 @@ def learning_rate(c: Config, step: int) -> float:
 
 # ---- the run ---------------------------------------------------------------------------------------------
 
-def placed(c: Config) -> str:
-    """The device of this rank. Raises InputError for CUDA where there is none."""
-    if c.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch sees no CUDA device here")
-    if c.device == "cpu" or not torch.cuda.is_available():
-        return "cpu"
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    return f"cuda:{torch.cuda.current_device()}"
-
-
-def read_inputs(c: Config) -> list[Prompt]:
-    """The prompts. What is wrong with anything the user brought shows here, before a run folder is made."""
-    everything = load_prompts(c.prompts) if c.prompts else []
-    if everything and all(map(evaluate.held_out, everything)):
-        raise InputError(f"{c.prompts}: all {len(everything)} prompts are held out for evaluation; add some")
-    if c.prompts_per_step < rank_and_world()[1]:
-        raise InputError(f"--prompts-per-step {c.prompts_per_step} leaves some of the ranks without a prompt")
-    with tempfile.TemporaryDirectory() as scratch:
-        if not c.model:
-            alchemy.write_folder(Path(scratch))
-        tokenizer = Tokenizer.from_pretrained(c.model or scratch)
-        model = Transformer.from_pretrained(c.model) if c.model else Transformer.from_scratch(scratch, c.seed)
-    room, stops = model.config.max_position_embeddings, model.stop_ids
-    if model.config.num_labels or tokenizer.n_tokens > model.config.vocab_size or not stops:
-        raise InputError(f"{c.model} is no policy: score head, no eos_token_id, or more tokens than rows")
-    forced = len(tokenizer.encode(CLOSE + "\n\n", special=True)) + c.probe_tokens
-    for p in everything or alchemy.requests(1, c.seed):
-        tokens = encode_chat(tokenizer, p.prompt, closed=True)
-        check_length(room, len(tokens) + forced * (c.potential == "probe"), c.max_new_tokens,
-                     f"prompt '{p.prompt:.40}'")
-    requests = evaluate.requests(everything, c.eval_prompts)
-    evaluate.check_lengths(tokenizer, requests if everything else requests[:1], room, c)
-    if c.eval_prompts and not requests and rank_and_world()[0] == 0:
-        print(f"{c.prompts}: too few prompts to hold one out, so nothing is evaluated", file=sys.stderr)
-    return everything
-
-
 def train(c: Config, run: Path) -> None:
     """The whole run: start model, evaluation, RL, evaluation. Goes on from what is in the run folder."""
-    rank, device, everything = rank_and_world()[0], placed(c), read_inputs(c)
-    checkpoint.open_run(run, asdict(c), bool(c.resume))
+    rank, together = rank_and_world()[0], checkpoint.together
+    checkpoint.same_on_all(asdict(c))
+    device, everything = together(lambda: (own_device(c.device), read_inputs(c)))
+    together(lambda: rank == 0 and checkpoint.open_run(run, asdict(c), bool(c.resume)))
+    exported = gathered([(run / "model").exists()])[0]
 
     def bar(items, **kw):
         return tqdm(items, disable=rank > 0, dynamic_ncols=True, **kw)
 
-    judge, start = load_judge(c.judge), prepare_start(c, run, device, bar)
-    tokenizer, model = Tokenizer.from_pretrained(start), Transformer.from_pretrained(start, device)
+    together(lambda: rank == 0 and prepare_start(c, run, device, bar), patient=True)
+    judge = load_judge(c.judge)
+    tokenizer, model, reference = together(lambda: load_start(c, run / "start", device))
     tokenizer.now = checkpoint.begun(run)["time"]  # a template with a date in it keeps this one
-    reference = Transformer.from_pretrained(start, device).requires_grad_(False) if c.beta else None
     requests = evaluate.requests(everything, c.eval_prompts)
     pool = [p for p in everything if not evaluate.held_out(p)]
     evaluate.stage("before", run, model, tokenizer, judge, requests, c, bar)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=c.weight_decay)
-    saved = checkpoint.latest(run)
-    first = checkpoint.load(saved, model, optimizer) if saved else 0
-    if rank == 0:
-        checkpoint.cut_logs(run, first)
+    saved = gathered([checkpoint.latest(run)])[0]
+    first = together(lambda: checkpoint.load(saved, model, optimizer) if saved else 0)
+    together(lambda: rank == 0 and checkpoint.cut_logs(run, first))
     steps = bar(range(first, c.steps), desc=c.objective, initial=first, total=c.steps)
     for step in steps:
-        row, shown = train_step(c, model, reference, optimizer, tokenizer, judge, pool, step)
+        row, shown, bad = train_step(c, model, reference, optimizer, tokenizer, judge, pool, step)
         if rank == 0:
-            checkpoint.append(run / "metrics.jsonl", row)
-            steps.set_postfix({k: f"{row[k]:.3g}" for k in ("answer_reward", "potential", "kl")})
-            if step % c.show_every == 0 or step == c.steps - 1:
-                for t in shown:
-                    checkpoint.append(run / "transcripts.jsonl", t)
-                    tqdm.write(checkpoint.coloured(t))
+            steps.set_postfix({k: f"{row[k] or 0:.3g}" for k in ("answer_reward", "potential", "kl")})
+        shown = gathered(shown) if step % c.show_every == 0 or step == c.steps - 1 else []
+        together(lambda: rank == 0 and checkpoint.log_step(run, row, shown, bad, c.max_bad_steps))
         stop = checkpoint.stopping()
-        if rank == 0 and (stop or (step + 1) % c.save_every == 0 or step == c.steps - 1):
-            checkpoint.save(run, step + 1, model, optimizer)
+        if stop or (step + 1) % c.save_every == 0 or step == c.steps - 1:
+            together(lambda: checkpoint.save(run, step + 1, model, optimizer))
         if stop:
             raise checkpoint.Stopped
-    if rank == 0 and not (run / "model").exists():
-        with checkpoint.whole_folder(run / "model") as folder:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+    if not exported:
+        together(lambda: checkpoint.export(run / "model", model, tokenizer))
     evaluate.stage("after", run, model, tokenizer, judge, requests, c, bar)
     if rank == 0 and requests:
         print(evaluate.table(evaluate.columns_of(evaluate.read_runs([run]))))
-
-
-def prepare_start(c: Config, run: Path, device: str, bar) -> Path:
-    """The run's start/ folder: trained here, or a link to --model, whose gigabytes nobody wants twice."""
-    start, done = run / "start", True
-    if rank_and_world()[0] == 0 and not start.exists() and not start.is_symlink():
-        if c.model:
-            start.symlink_to(Path(c.model).resolve())
-        else:
-            try:
-                alchemy.warm_start(c, run, device, bar)
-            except checkpoint.Stopped:
-                done = False
-    if total(torch.tensor(int(not done))):  # the others wait here for rank 0
-        raise checkpoint.Stopped
-    return start
 
 
 # ---- the command line ------------------------------------------------------------------------------------
 
 def parse(arguments: list[str]) -> Config:
     """Config from the command line. Raises InputError for flags that are unknown, out of range or at odds."""
-    c = Config(**checkpoint.read_flags(arguments, Config, __doc__, {"prompts": CHECKPOINT_DEFAULTS}))
+    c = Config(**checkpoint.read_flags(arguments, Config, __doc__, {"prompts": CHECKPOINT_DEFAULTS}, OUT))
     if c.prompts and not c.model:
         raise InputError("--prompts needs --model: the embedded start model knows only the embedded world")
     if bool(c.prompts) == (c.judge == "alchemy"):
         raise InputError(f"--judge {c.judge} cannot judge {c.prompts or 'the embedded world'}; "
                          f"expected {'rules' if c.prompts else 'alchemy'}")
-    c.out = c.out or f"runs/{c.objective}-seed{c.seed}"
     return c
 
 
 def run_once(arguments: list[str]) -> int:
-    """-> exit code: 0 done or SIGTERM, 1 disk, 2 bad input, 130 Ctrl-C."""
+    """-> exit code: 0 done or SIGTERM, 1 disk, lost rank or too many bad steps, 2 bad input, 130 Ctrl-C."""
     checkpoint.STOP.clear()
     try:
         c = parse(arguments)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda received, frame: checkpoint.STOP.append(received))
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # counts travel on the CPU, gradients where they are
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        train(c, Path(c.out))
+        with joined(c.timeout, alone=c.shard == "yes"):
+            train(c, Path(c.out))
     except checkpoint.Stopped:
         print(f"stopped and saved; continue with --resume {c.out}", file=sys.stderr)
         return 130 if signal.SIGINT in checkpoint.STOP else 0
-    except (InputError, checkpoint.SaveError) as error:
+    except (InputError, checkpoint.SaveError, checkpoint.Diverged, RankLost) as error:
         print(f"sear.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
     return 0
 
 
@@ -419,10 +387,14 @@ def main() -> int:
     if status:
         Path(status, f"{rank}.pid").write_text(str(os.getpid()))
     code = run_once(sys.argv[1:])
-    if status and code:
-        Path(status, "code").write_text(str(code))
-    # A full disk is one rank's alone: then torchrun has to end the others, noise and all.
-    return code if not status or code == 1 and os.environ.get("WORLD_SIZE", "1") != "1" else 0
+    if status:
+        Path(status, "code").write_text(str(code))  # 0 too: it may follow on what a broken start has left
+        code = 0
+    if dist.is_initialized():  # a rank was lost: Python's own way out would wait for it, or abort
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 if __name__ == "__main__":

