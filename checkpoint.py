@@ -182,8 +182,9 @@ def latest(run: Path) -> Path | None:
     return max(found, key=lambda f: int(f.name), default=None)
 
 
-def save(run: Path, step: int, model: nn.Module, optimizer: torch.optim.AdamW) -> None:
-    """Writes checkpoint/<step>/, then drops older ones."""
+def save(run: Path, step: int, model: nn.Module, optimizer: torch.optim.AdamW,
+         scale: Tensor | None = None) -> None:
+    """Writes checkpoint/<step>/, with the running scale of the judge, then drops older ones."""
     names = {p: name for name, p in model.named_parameters()}
     moments = {f"{names[p]}.{key}": value.cpu() for p, state in optimizer.state.items()
                for key, value in state.items() if key != "step"}
@@ -192,18 +193,22 @@ def save(run: Path, step: int, model: nn.Module, optimizer: torch.optim.AdamW) -
     with whole_folder(folder) as temporary:
         save_file({name: p.detach().cpu() for p, name in names.items()}, temporary / "weights.safetensors")
         save_file(moments, temporary / "optimizer.safetensors")
-        (temporary / "state.json").write_text(json.dumps({"step": step, "updates": max(updates, default=0)}))
+        state = {"step": step, "updates": max(updates, default=0)}
+        state |= {} if scale is None else {"scale": scale.tolist()}  # JSON writes a double to its last bit
+        (temporary / "state.json").write_text(json.dumps(state))
     for old in folder.parent.iterdir():
         if old != folder:
             shutil.rmtree(old)
 
 
-def load(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW) -> int:
-    """Puts the checkpoint's weights and optimizer state in place. -> the steps it was taken after."""
+def load(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW, scale: Tensor | None = None) -> int:
+    """Puts the checkpoint's weights, optimizer state and scale in place. -> the steps it was taken after."""
     state = as_json(folder / "state.json", read_text(folder / "state.json"))
     try:
         weights = load_file(folder / "weights.safetensors")
         moments = load_file(folder / "optimizer.safetensors")
+        if scale is not None:
+            scale.copy_(torch.tensor(state["scale"], dtype=scale.dtype))
         with torch.no_grad():
             for name, p in model.named_parameters():
                 p.copy_(weights[name])

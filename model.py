@@ -342,14 +342,14 @@ class Transformer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu",
-                        dtype: torch.dtype | None = None) -> "Transformer":
-        """Loads a Hugging Face folder, one or several safetensors files, into fp32 masters; `dtype` is the
-        compute type (default bf16 on CUDA, fp32 on CPU). Peak memory: the model's own bytes plus COPY_BYTES.
-        Raises InputError on a missing, truncated or misshapen file and on an unknown architecture."""
+                        dtype: torch.dtype | None = None, masters: bool = True) -> "Transformer":
+        """Loads a Hugging Face folder, one or several safetensors files, into fp32 masters, or without them
+        (nothing to train) straight into `dtype`, the compute type (default bf16 on CUDA, fp32 on CPU). Peak
+        memory: the model's own bytes plus COPY_BYTES. InputError on a bad file or an unknown architecture."""
         folder = Path(folder)
         config, generation = read_configs(folder)
         with torch.device("meta"):
-            model = cls(config, generation, dtype)
+            model = cls(config, generation, dtype).to(torch.float32 if masters else dtype)
         model.to_empty(device=device)
         if config.tie_word_embeddings:  # to_empty allocates afresh and parts them
             model.lm_head.weight = model.model.embed_tokens.weight

@@ -37,7 +37,8 @@ from data import InputError, Prompt, Tokenizer, load_prompts
 from kernels import SegmentLogprobs, segment_logprobs
 from model import Transformer
 from parallel import largest, means, rank_and_world, reduce_gradients, total
-from rewards import JUDGES, MALFORMED, Judge, Scores, load_judge, score
+from judges import Judge, load_judge
+from rewards import MALFORMED, SAFE_ENOUGH, Scores, score
 from rollout import Rollouts, check_length, encode_chat, micro_batches, sample
 
 OBJECTIVES = ("sear", "competing-outcome", "outcome", "safe-thought", "no-thought")
@@ -55,7 +56,8 @@ class Config:
     objective: str = knob("sear", "what pays the two players; all five share every other line", OBJECTIVES)
     model: str = knob("", "Hugging Face folder to start from; none: a small start model is trained first")
     prompts: str = knob("", "prompt file (JSONL, XSTest, OR-Bench, HarmBench, ...); none: the embedded world")
-    judge: str = knob("alchemy", "the world's exact verifier, or rules that find refusals", tuple(JUDGES))
+    judge: str = knob("alchemy", "alchemy (the world's verifier), rules, a guard's folder or a judge file")
+    reward_model: str = knob("", "folder of a reward model, for helpfulness; none: 1 - refusal")
     out: str = knob("", "run folder; none: runs/<objective>-seed<seed>")
     resume: str = knob("", "run folder to continue to the bits of a run that was never interrupted")
     device: str = knob("", "cpu or cuda; none: cuda where there is one", ("", "cpu", "cuda"))
@@ -71,6 +73,7 @@ class Config:
     potential: str = knob("text", "Phi: a judge reads the thought, or forced answers", ("text", "probe"))
     probe_samples: int = knob(2, "forced answers at each segment's end (m), for --potential probe", low=1)
     probe_tokens: int = knob(12, "length of a forced answer, for --potential probe", low=1)
+    safe_enough: float = knob(SAFE_ENOUGH, "1 - unsafe from which (4) is 1: TARS's", low=0.5, high=1)
     gamma: float = knob(1.0, "of (3); 1 credits a segment with all that it leads to", low=0, high=1)
     # Loss and optimizer
     reasoning_weight: float = knob(1.0, "w_R of (7)", low=0)
@@ -219,7 +222,7 @@ def rollout_step(c: Config, model: Transformer, tokenizer: Tokenizer, judge: Jud
     prompts = [everyone[mine[i]] for i in rollouts.prompt.tolist()]  # B
     forcing = dict(model=model, tokenizer=tokenizer, max_new_tokens=c.probe_tokens, **draw)
     probe = dict(samples=c.probe_samples, forcing=forcing) if c.potential == "probe" else None
-    scores = score(judge, prompts, rollouts, c.gamma, probe)
+    scores = score(judge, prompts, rollouts, c.gamma, probe, c.safe_enough, total)
     rollouts.caches.clear()  # gigabytes on a real model, and the learner needs the room
     return prompts, rollouts, scores, dict(sample=sampled - begin, judge=time.perf_counter() - sampled)
 
@@ -257,13 +260,19 @@ def summary(rollouts: Rollouts, scores: Scores, first: Tensor, harmful: Tensor, 
     B, judged = len(harmful), scores.verdict
     gap = largest(logs.pop("logprob_gap"))
     counts = dict(tokens=int((rollouts.segment >= 0).sum()), row_steps=rollouts.row_steps,
-                  prefilled_tokens=rollouts.prefilled_tokens, probe_tokens=scores.extra_tokens)
+                  prefilled_tokens=rollouts.prefilled_tokens, probe_tokens=scores.extra_tokens,
+                  judge_calls=scores.judge_calls)
+
+    def rated(values: Tensor, of: Tensor) -> tuple[float, int]:  # an answer not judged on this is no 0
+        unjudged = (of & values.isnan() & ~judged.unsafe.isnan()).sum().item()
+        n = 0 if unjudged and values[of].isnan().all() else int(of.sum()) - unjudged
+        return values[of].nansum().item(), n
+
     row = means({
         "answer_reward": (scores.answer.nansum().item(), B),
         "thought_reward": (first.nansum().item(), int((~first.isnan()).sum())),
-        "unsafe": (judged.unsafe[harmful].nansum().item(), int(harmful.sum())),
-        "over_refusal": (judged.refusal[~harmful].nansum().item(), int((~harmful).sum())),
-        "helpful": (judged.helpful[~harmful].nansum().item(), int((~harmful).sum())),
+        "unsafe": rated(judged.unsafe, harmful), "over_refusal": rated(judged.refusal, ~harmful),
+        "helpful": rated(judged.helpful, ~harmful),
         "potential": (scores.potential.nan_to_num(0.0).amax(1).sum().item(), B),
         "answered": (int(rollouts.answered.sum()), B), "thought_tokens": (int(rollouts.owners[0].sum()), B)})
     summed = total(torch.tensor([*logs.values(), *counts.values()], dtype=torch.float64)).tolist()
@@ -313,20 +322,23 @@ def read_inputs(c: Config) -> list[Prompt]:
 def train(c: Config, run: Path) -> None:
     """The whole run: start model, evaluation, RL, evaluation. Goes on from what is in the run folder."""
     rank, device, everything = rank_and_world()[0], placed(c), read_inputs(c)
+    judge = load_judge(c.judge, c.reward_model, device, everything)
     checkpoint.open_run(run, asdict(c), bool(c.resume))
 
     def bar(items, **kw):
         return tqdm(items, disable=rank > 0, dynamic_ncols=True, **kw)
 
-    judge, start = load_judge(c.judge), prepare_start(c, run, device, bar)
+    start = prepare_start(c, run, device, bar)
     tokenizer, model = Tokenizer.from_pretrained(start), Transformer.from_pretrained(start, device)
     reference = Transformer.from_pretrained(start, device).requires_grad_(False) if c.beta else None
     requests = evaluate.requests(everything, c.eval_prompts)
     pool = [p for p in everything if not evaluate.held_out(p)]
+    saved = checkpoint.latest(run)
+    if judge.scale is not None and not saved:  # evaluation needs a scale: that of the first step's answers
+        rollout_step(c, model, tokenizer, judge, pool, 0)
     evaluate.stage("before", run, model, tokenizer, judge, requests, c, bar)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=c.weight_decay)
-    saved = checkpoint.latest(run)
-    first = checkpoint.load(saved, model, optimizer) if saved else 0
+    first = checkpoint.load(saved, model, optimizer, judge.scale) if saved else 0
     if rank == 0:
         checkpoint.cut_logs(run, first)
     steps = bar(range(first, c.steps), desc=c.objective, initial=first, total=c.steps)
@@ -334,14 +346,15 @@ def train(c: Config, run: Path) -> None:
         row, shown = train_step(c, model, reference, optimizer, tokenizer, judge, pool, step)
         if rank == 0:
             checkpoint.append(run / "metrics.jsonl", row)
-            steps.set_postfix({k: f"{row[k]:.3g}" for k in ("answer_reward", "potential", "kl")})
+            steps.set_postfix({k: f"{row[k]:.3g}" for k in ("answer_reward", "potential", "kl")} |
+                              {k: row[k] for k in ("probe_tokens", "judge_calls")})
             if step % c.show_every == 0 or step == c.steps - 1:
                 for t in shown:
                     checkpoint.append(run / "transcripts.jsonl", t)
                     tqdm.write(checkpoint.coloured(t))
         stop = checkpoint.stopping()
         if rank == 0 and (stop or (step + 1) % c.save_every == 0 or step == c.steps - 1):
-            checkpoint.save(run, step + 1, model, optimizer)
+            checkpoint.save(run, step + 1, model, optimizer, judge.scale)
         if stop:
             raise checkpoint.Stopped
     if rank == 0 and not (run / "model").exists():
@@ -377,8 +390,10 @@ def parse(arguments: list[str]) -> Config:
     if c.prompts and not c.model:
         raise InputError("--prompts needs --model: the embedded start model knows only the embedded world")
     if bool(c.prompts) == (c.judge == "alchemy"):
-        raise InputError(f"--judge {c.judge} cannot judge {c.prompts or 'the embedded world'}; "
-                         f"expected {'rules' if c.prompts else 'alchemy'}")
+        raise InputError(f"--judge {c.judge} cannot judge {c.prompts or 'the embedded world'}; expected "
+                         f"{'rules, a folder or a judge file' if c.prompts else 'alchemy'}")
+    if c.reward_model and not c.prompts:
+        raise InputError("--reward-model cannot judge the embedded world, its verifier does; drop it")
     c.out = c.out or f"runs/{c.objective}-seed{c.seed}"
     return c
 

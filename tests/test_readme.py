@@ -15,11 +15,13 @@ from helpers import ROOT
 
 import alchemy
 import evaluate
+import guards
+import rewards
 import sear
 from model import Transformer
 
 README = (ROOT / "README.md").read_text()
-CORE = ("sear", "model", "rollout", "rewards", "data", "alchemy", "evaluate", "checkpoint", "parallel")
+CORE = ("sear", "model", "rollout", "rewards", "judges", "guards", "data", "alchemy", "evaluate", "checkpoint", "parallel")
 ENVIRONMENT = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
 SHORT = ("--warm-start-steps 2 --warm-start-batch 2 --steps 2 --prompts-per-step 2 --group-size 2 --eval-prompts 1 "
          "--max-new-tokens 12").split()
@@ -41,6 +43,10 @@ def test_every_command_of_the_readme_is_one_that_the_code_takes():
             flags = words[1:]
         elif "sear.py" in words:
             flags = words[words.index("sear.py") + 1:]
+        elif "rewards.py" in words:
+            rewards.parse(words[words.index("rewards.py") + 1:])
+            seen.add("judge")
+            continue
         else:
             assert words[1:2] == ["evaluate.py"], words
             continue
@@ -48,8 +54,17 @@ def test_every_command_of_the_readme_is_one_that_the_code_takes():
             continue  # needs the folder; test_run.py resumes
         sear.parse(flags)
         seen.add("train")
-    assert {"train", "test"} <= seen and "`./train.sh ablations`" in README
+    assert {"train", "test", "judge"} <= seen and "`./train.sh ablations`" in README
     assert "./train.sh test" in (ROOT / ".ci/run").read_text()
+
+
+def test_the_judge_file_of_the_readme_is_one(tmp_path):
+    (tmp_path / "judge.json").write_text(re.search(r"```json\n(.*?)```", README, re.S)[1])
+    spec = guards.read_spec(tmp_path / "judge.json")
+    assert [q["read"] for q in spec["ask"]] == ["unsafe", "refusal"] and "{answer}" in spec["messages"][0]["content"]
+    assert f"from {rewards.SAFE_ENOUGH} on" in README and f"less than {guards.LEAST_MASS} of the probability" in README
+    for label in rewards.RESPONSE_LABELS:
+        assert f"`{label}`" in README
 
 
 def test_train_sh_trains_through_torchrun_and_passes_exit_codes_on(tmp_path):
@@ -120,8 +135,8 @@ def test_file_map_and_house_rules():
 
 
 def test_imports_point_one_way():
-    order = {"data": 0, "kernels": 0, "parallel": 0, "model": 1, "checkpoint": 1, "rollout": 2, "alchemy": 3, "rewards": 4, "evaluate": 5,
-             "sear": 6}
+    order = {"data": 0, "kernels": 0, "parallel": 0, "model": 1, "checkpoint": 1, "rollout": 2, "alchemy": 3, "guards": 3, "judges": 4,
+             "rewards": 5, "evaluate": 6, "sear": 7}
     for name in CORE:
         for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
             found = [a.name for a in node.names] if isinstance(node, ast.Import) else (

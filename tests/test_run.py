@@ -321,7 +321,9 @@ def test_rl_on_a_real_folder_with_xstest(tmp_path, name, flags):
     assert {r["class"] for r in checkpoint.rows(out / "eval.jsonl")} == {"harmful", "harmless"}
     assert {t["label"] for t in checkpoint.rows(out / "transcripts.jsonl")} == {"harmful", "harmless"}
     if "no-thought" in flags:
-        assert rows(out)[0]["answered"] > 0.5 and rows(out)[0]["answer_reward"] > 0
+        first = rows(out)[0]  # an answer that is a stop token alone says nothing and earns -1
+        assert first["answered"] > 0.5 and first["answer_reward"] > first["answered"] - 1
+        assert first["judge_calls"] >= 8 * first["answered"] > 4
 
 
 @pytest.mark.parametrize("content, message", [
