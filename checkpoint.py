@@ -243,8 +243,10 @@ def latest(run: Path) -> Path | None:
     return max(found, key=lambda f: int(f.name), default=None)
 
 
-def save(run: Path, step: int, model: nn.Module, optimizer: torch.optim.AdamW) -> None:
-    """Writes checkpoint/<step>/, then drops older ones. Every rank calls if it is sharded; rank 0 writes."""
+def save(run: Path, step: int, model: nn.Module, optimizer: torch.optim.AdamW,
+         scale: Tensor | None = None) -> None:
+    """Writes checkpoint/<step>/, with the running scale of the judge, then drops older ones. Every rank calls
+    if the model is sharded; rank 0 writes."""
     names = {p: name for name, p in model.named_parameters()}
     moments = {f"{names[p]}.{key}": value for p, state in optimizer.state.items()
                for key, value in state.items() if key != "step"}
@@ -255,16 +257,18 @@ def save(run: Path, step: int, model: nn.Module, optimizer: torch.optim.AdamW) -
                        temporary / "optimizer.safetensors": moments})
         if rank_and_world()[0] > 0:
             return
-        (temporary / "state.json").write_text(json.dumps({"step": step, "updates": max(updates, default=0)}))
+        state = {"step": step, "updates": max(updates, default=0)}
+        state |= {} if scale is None else {"scale": scale.tolist()}  # JSON writes a double to its last bit
+        (temporary / "state.json").write_text(json.dumps(state))
     for old in folder.parent.iterdir():
         if old != folder:
             shutil.rmtree(old, ignore_errors=True)
 
 
 @torch.no_grad()
-def load(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW) -> int:
-    """Puts the checkpoint's weights and optimizer state in place; a rank reads the rows that it holds, so any
-    number of ranks will do. -> the steps it was taken after."""
+def load(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW, scale: Tensor | None = None) -> int:
+    """Puts the checkpoint's weights, optimizer state and scale in place; a rank reads the rows that it holds,
+    so any number of ranks will do. -> the steps it was taken after."""
     state = as_json(folder / "state.json", read_text(folder / "state.json"))
 
     def fill(target: Tensor, file, name: str) -> Tensor:
@@ -276,6 +280,8 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW) -> int:
             mine.copy_(stored[first:first + len(mine)])
         return target
     try:
+        if scale is not None:
+            scale.copy_(torch.tensor(state["scale"], dtype=scale.dtype))
         with (safe_open(folder / "weights.safetensors", "pt") as weights,
               safe_open(folder / "optimizer.safetensors", "pt") as moments):
             for name, p in model.named_parameters():

@@ -1,9 +1,11 @@
 """What comes in from outside: tokenizer folders and prompt files. What is wrong with them is an InputError.
 
-The tokenizer is tiktoken, filled from a tokenizer.json; chat templates are rendered by jinja2. Both agree
-with transformers to the letter or refuse the folder: almost right trains on text that nobody will ever send.
+The tokenizer is tiktoken, filled from a tokenizer.json, or for the SentencePiece kind a few lines here; chat
+templates are rendered by jinja2. All agree with transformers to the letter or refuse the folder: almost right
+trains on text that nobody will ever send.
 """
 import csv
+import heapq
 import io
 import json
 import re
@@ -12,6 +14,7 @@ import unicodedata
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Callable
 
 import tiktoken
 from jinja2 import Template, TemplateError
@@ -130,8 +133,54 @@ def merge_ranks(file: str, model: dict, ids: dict) -> dict[bytes, int]:
     return rank
 
 
+def sentencepiece(file: str, spec: dict) -> Callable[[str, bool, bool], list[int]]:
+    """Encoder of a BPE over characters, with byte tokens for those that the vocabulary lacks (Llama 2, and
+    Mistral before Tekken). It takes a text, whether that begins a run of text and whether it begins the
+    whole: there the first word gets its space."""
+    vocab, bytes_of = spec["model"]["vocab"], [f"<0x{byte:02X}>" for byte in range(256)]
+    mark = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    match spec.get("normalizer"), spec.get("pre_tokenizer"):
+        case {"type": "Sequence", "normalizers": [{"prepend": "▁"}, replace]}, None if replace == mark:
+            scheme = "each"  # before each run of text, even if that begins with a space
+        case None, {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}:
+            expect(scheme in ("first", "always"), f"{file}: prepend_scheme", "first or always", scheme)
+        case found:
+            expect(False, f"{file}: with model.byte_fallback True, normalizer and pre_tokenizer",
+                   "Prepend and Replace and nothing, or nothing and Metaspace", found)
+    expect(vocab.keys() >= {*bytes_of}, f"{file}: model.vocab", "holding <0x00> to <0xFF>", "less")
+    expect(not spec["model"].get("ignore_merges"), f"{file}: model.ignore_merges", "false", True)
+    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in spec["model"]["merges"])
+    rank = {tuple(pair): place for place, pair in enumerate(pairs)}  # of a pair listed twice the later counts
+
+    def encode(text: str, run: bool, whole: bool) -> list[int]:
+        text, parts = text.replace(" ", "▁"), []
+        space = (whole if scheme == "first" else run) and text and (scheme == "each" or text[0] != "▁")
+        for char in "▁" * bool(space) + text:
+            parts += [char] if char in vocab else [bytes_of[byte] for byte in char.encode()]
+        after, before = [*range(1, len(parts) + 1)], [*range(-1, len(parts) - 1)]
+        def candidates(*places):  # (rank, place, left, right) of the pairs that begin at these places
+            for i in places:
+                if i >= 0 and after[i] < len(parts):
+                    pair = parts[i], parts[after[i]]
+                    if pair in rank:
+                        yield rank[pair], i, *pair
+        heap = [*candidates(*range(len(parts)))]
+        heapq.heapify(heap)
+        while heap:
+            _, i, left, right = heapq.heappop(heap)
+            j = after[i]
+            if parts[i] == left and j < len(parts) and parts[j] == right:  # else one of them has merged since
+                parts[i], parts[j], after[i] = left + right, "", after[j]
+                if after[i] < len(parts):
+                    before[after[i]] = i
+                for item in candidates(before[i], i):
+                    heapq.heappush(heap, item)
+        return [vocab[part] for part in parts if part]
+    return encode
+
+
 class Tokenizer:
-    """Byte-level BPE with added tokens and a chat template, read from a Hugging Face folder.
+    """BPE with added tokens and a chat template, read from a Hugging Face folder.
 
     `added` maps the content of every added token to its id; `n_tokens` is the highest id + 1 (a model may
     have more rows). Nothing here adds a BOS: where a model wants one, its chat template writes it."""
@@ -157,10 +206,11 @@ class Tokenizer:
         spec = as_json(file, files["tokenizer.json"])
         model = spec["model"]
         expect(model["type"] == "BPE", f"{file}: model.type", "BPE", model["type"])
-        for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+        for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
             expect(not model.get(key), f"{file}: model.{key}", "unset", model.get(key))
+        characters = bool(model.get("byte_fallback"))  # SentencePiece's kind; else byte-level
         form = spec.get("normalizer") or {"type": "Sequence", "normalizers": []}
-        form = form.get("normalizers", [form])
+        form = [] if characters else form.get("normalizers", [form])
         expect(form in ([], [{"type": "NFC"}]), f"{file}: normalizer", "null or NFC", spec.get("normalizer"))
         self._normalize = partial(unicodedata.normalize, "NFC") if form else str
         # As in transformers, tokenizer_config.json may bring added tokens that tokenizer.json lacks.
@@ -170,11 +220,17 @@ class Tokenizer:
             flags = [flag for flag in ("lstrip", "rstrip", "single_word") if token.get(flag)]
             expect(token["content"] and not flags, f"{file}: an added token", f"without {flags}", token)
             added.setdefault(token["content"], token)
-        ids = vocabulary(file, model, added)
+        if characters:
+            pairs = [(bytes([int(token[3:5], 16)]) if re.fullmatch("<0x[0-9A-F]{2}>", token) else
+                      token.replace("▁", " ").encode(), i) for token, i in model["vocab"].items()
+                     if token not in added]
+        else:
+            ids = vocabulary(file, model, added)
+            pairs = ids.items()
         self.added = {content: token["id"] for content, token in added.items()}
         self._special = {token["id"] for token in added.values() if token.get("special")}
         self._bytes = {}
-        for token, index in (*ids.items(), *((content.encode(), i) for content, i in self.added.items())):
+        for token, index in (*pairs, *((content.encode(), i) for content, i in self.added.items())):
             other = self._bytes.setdefault(index, token)
             expect(other is token and index >= 0, f"{file}: id {index}", "that of one token", [other, token])
         self.n_tokens = max(self._bytes) + 1
@@ -183,22 +239,31 @@ class Tokenizer:
         # Leftmost, then longest, as HF finds them: of several alternatives re takes the first that matches.
         longest = ("|".join(map(re.escape, sorted(group, key=len, reverse=True))) for group in (raw, late))
         self._raw, self._late = ((g, re.compile(f"({p or '(?!)'})")) for g, p in zip((raw, late), longest))
+        if characters:
+            expect(not late, f"{file}: an added token", "without normalized", list(late))
+            self._plain = sentencepiece(file, spec)
+            return
         rank, pattern = merge_ranks(file, model, ids), split_pattern(file, spec)
         # tiktoken wants merge order for ids, but Mistral's begin after its special tokens: encode translates.
         self._id_of_rank = [ids[token] for token in rank]
         self._bpe = tiktoken.Encoding(folder.name, pat_str=pattern, mergeable_ranks=rank, special_tokens={})
 
-    def encode(self, text: str, special: bool = False) -> list[int]:
+    def _plain(self, text: str, run: bool, whole: bool) -> list[int]:
+        return [self._id_of_rank[rank] for rank in self._bpe.encode_ordinary(self._normalize(text))]
+
+    def encode(self, text: str, special: bool = False, inside: bool = False) -> list[int]:
         """Token ids. special=False: text that reads like an added token is plain text, `<think>` too, so that
-        no prompt can speak for the template. special=True: every added token in the text is taken as one."""
+        no prompt can speak for the template. special=True: every added token in the text is taken as one.
+        inside: the text goes on behind other text (SentencePiece would begin it with a space)."""
         if not special:
-            return [self._id_of_rank[rank] for rank in self._bpe.encode_ordinary(self._normalize(text))]
+            return self._plain(text, not inside, not inside)
         (raw, find_raw), (late, find_late), ids = self._raw, self._late, []
         # Cut before NFC, which would melt "<|im_end|>" and a combining mark behind it into other text; only
         # tokens marked "normalized" are looked for after it. The odd parts of a split are the matches.
         for i, part in enumerate(find_raw.split(text)):
             for j, piece in enumerate(find_late.split(self._normalize(part)) if i % 2 == 0 else ()):
-                ids += [late[piece]] if j % 2 else self.encode(piece)
+                run = i > 0 or not inside
+                ids += [late[piece]] if j % 2 else self._plain(piece, run, run and i == 0)
             ids += [raw[part]] if i % 2 else []
         return ids
 
@@ -211,13 +276,18 @@ class Tokenizer:
         kept = (token for token in ids if not (skip_special and int(token) in self._special))
         return b"".join(map(self.token_bytes, kept)).decode("utf-8", "replace")
 
-    @cached_property
-    def _template(self) -> Template:
-        """The compiled chat template, with the named tokens it may write; made at the first chat."""
+    @property
+    def template(self) -> str | None:
+        """The source of the folder's chat template, None where it has none."""
         source = self.config.get("chat_template")
         if isinstance(source, list):
             source = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}.get("default")
-        source = self.files.get("chat_template.jinja", source)
+        return self.files.get("chat_template.jinja", source)
+
+    @cached_property
+    def _template(self) -> Template:
+        """The compiled chat template, with the named tokens it may write; made at the first chat."""
+        source = self.template
         expect(isinstance(source, str), self.folder, "a folder with a chat template", source)
         # A template is a program out of a model folder: sandboxed. Undefined stays lenient for Llama Guard's.
         environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
@@ -290,8 +360,9 @@ def read_row(where: str, row: dict[str, str], file_name: str) -> tuple[str, str,
     expect(False, where, "a header of a known format, at the least prompt and label", list(row))
 
 
-def table_rows(path: Path, text: str):
-    """(path:line, {column: cell}) of a csv or tsv file. The line of a record of several is its first."""
+def table_rows(path: Path, text: str, known: Callable):
+    """(path:line, {column: cell}) of a csv or tsv file. The line of a record of several is its first. known:
+    called with the header, raises InputError for columns of no known format."""
     # The default, 128 KiB a field, is less than some jailbreaks. It holds for the whole process.
     csv.field_size_limit(2**31 - 1)
     # newline="\n": lines are counted as an editor counts them, not at every \r inside a quoted prompt.
@@ -305,7 +376,7 @@ def table_rows(path: Path, text: str):
             if header is None:
                 header = ["goal", "target"] if bare else record
                 expect(len(set(header)) == len(header), where, "a header of different columns", header)
-                read_row(where, dict.fromkeys(header, ""), path.name)
+                known(where, dict.fromkeys(header, ""))
             if header is not record:
                 found = f"{len(record)} columns" if record else "an empty line"
                 expect(len(record) == len(header), where, f"a record of {len(header)} columns", found)
@@ -315,28 +386,40 @@ def table_rows(path: Path, text: str):
         raise InputError(f"{where} should begin a well-formed record, found: {error}") from None
 
 
-def json_rows(path: Path, text: str):
-    """(path:line, {key: text}) of a JSONL file; what is not text is left out."""
+def json_rows(path: Path, text: str, keys: tuple, optional: tuple = ()):
+    """(path:line, {key: text}) of a JSONL file with at least these keys; of keys not named, what is not text
+    is left out."""
     # Not splitlines(): that also cuts at U+2028, which JSON allows inside a text.
     for line, source in enumerate(text.removesuffix("\n").split("\n") if text else [], start=1):
         expect(source.strip(), f"{path}:{line}", "a JSON object", "an empty line")
         row = as_json(path, source, line)
-        for key in ("prompt", "label"):
+        for key in (*keys, *(row.keys() & optional)):
             expect(isinstance(row.get(key), str), f"{path}:{line}: {key}", "a text", row.get(key))
         yield f"{path}:{line}", {key: value for key, value in row.items() if isinstance(value, str)}
+
+
+def rows_of(path: Path, known: Callable, keys: tuple, optional: tuple = ()):
+    """(path:line, row) of a file known by its extension: .jsonl, .csv or .tsv."""
+    text, suffix = read_text(path), path.suffix.lower()
+    expect(suffix in (".jsonl", ".csv", ".tsv"), path, "a .jsonl, .csv or .tsv file", suffix)
+    return json_rows(path, text, keys, optional) if suffix == ".jsonl" else table_rows(path, text, known)
+
+
+def whole_text(where: str, text: str) -> str:
+    """The text. InputError for a blank one, and for half a character (JSON can write a lone surrogate), which
+    would crash the first log that it reaches."""
+    expect(text.strip() and not re.search("[\ud800-\udfff]", text), where, "a text", text)
+    return text
 
 
 def load_prompts(path) -> list[Prompt]:
     """Reads a prompt file, known by its extension (.jsonl, .csv, .tsv) and its columns (see read_row)."""
     path, prompts = Path(path), []
-    text, suffix = read_text(path), path.suffix.lower()
-    expect(suffix in (".jsonl", ".csv", ".tsv"), path, "a .jsonl, .csv or .tsv file", suffix)
-    for where, row in (json_rows if suffix == ".jsonl" else table_rows)(path, text):
-        prompt, label, meaning, kind = read_row(where, row, path.name)
-        # JSON can write half a character, a lone surrogate: it would crash the first log that it reaches.
-        whole = prompt.strip() and not re.search("[\ud800-\udfff]", prompt)
-        expect(whole, f"{where}: prompt", "a text", prompt)
+    def known(where, row):
+        return read_row(where, row, path.name)
+    for where, row in rows_of(path, known, ("prompt", "label")):
+        prompt, label, meaning, kind = known(where, row)
         expect(label.lower() in meaning, f"{where}: label", " or ".join(meaning), label)
-        prompts.append(Prompt(prompt, meaning[label.lower()], kind))
+        prompts.append(Prompt(whole_text(f"{where}: prompt", prompt), meaning[label.lower()], kind))
     expect(prompts, path, "a file of prompts", "none in it")
     return prompts

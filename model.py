@@ -340,15 +340,15 @@ class Transformer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu",
-                        dtype: torch.dtype | None = None, arrange=lambda model: None) -> "Transformer":
-        """Loads a Hugging Face folder, one or several safetensors files, into fp32 masters; `dtype` is the
-        compute type (default bf16 on CUDA, fp32 on CPU). Peak memory: the model's own bytes plus COPY_BYTES.
-        On the device "meta" the files are only checked; `arrange` may shard the parameters before they take
-        room. Raises InputError on a missing, truncated or misshapen file and on an unknown architecture."""
+                        dtype: torch.dtype | None = None, arrange=lambda model: None,
+                        masters: bool = True) -> "Transformer":
+        """Loads a Hugging Face folder into fp32 masters, or without them (nothing to train) into `dtype`, the
+        compute type (default bf16 on CUDA, fp32 on CPU). Peak memory: the model's bytes plus COPY_BYTES; on
+        "meta" files are only checked. `arrange` may shard before it takes room. InputError on a bad one."""
         folder = Path(folder)
         config, generation = read_configs(folder)
         with torch.device("meta"):
-            model = cls(config, generation, dtype)
+            model = cls(config, generation, dtype).to(torch.float32 if masters else dtype)
         arrange(model)
         model.to_empty(device=device)
         if config.tie_word_embeddings:  # to_empty allocates afresh and parts them

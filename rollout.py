@@ -43,7 +43,7 @@ class Rollouts:
 
     @property
     def answered(self) -> Tensor:
-        """[B] bool: a well-formed rollout, with a closed thought and a whole answer, not an empty one."""
+        """[B] bool: a well-formed rollout, with a closed thought and a whole answer that says something."""
         said = [bool(t[-1].strip()) for t in self.text]
         return self.closed & self.finished & torch.tensor(said, dtype=torch.bool)
 
@@ -123,8 +123,8 @@ def encode_chat(tokenizer: Tokenizer, text: str, closed: bool = False,
     if not found:
         raise InputError(f"{tokenizer.folder}: the chat template drops the user's message")
     after = after.removesuffix(OPEN) + OPEN + end
-    before, after = (tokenizer.encode(part, special=True) for part in (before, after))
-    return before + tokenizer.encode(text) + after
+    before = tokenizer.encode(before, special=True)
+    return before + tokenizer.encode(text, inside=True) + tokenizer.encode(after, special=True, inside=True)
 
 
 def check_length(room: int, tokens: int, max_new_tokens: int, name: str) -> None:
@@ -149,7 +149,7 @@ def sample(model: Transformer, prompts: list[list[int]], tokenizer: Tokenizer, *
         raise ValueError(f"temperature must be > 0 to sample, got {temperature}")
     prefill = [""] * len(prompts) if prefill is None else prefill
     prompt_ids = list(range(len(prompts))) if prompt_ids is None else prompt_ids
-    full = [p + tokenizer.encode(text, special=True) for p, text in zip(prompts, prefill)]
+    full = [p + tokenizer.encode(text, special=True, inside=True) for p, text in zip(prompts, prefill)]
     for i, p in enumerate(full):
         check_length(model.config.max_position_embeddings, len(p), max_new_tokens, f"prompt {i}")
     parts = []
@@ -313,7 +313,7 @@ def force_answers(model: Transformer, rollouts: Rollouts, tokenizer: Tokenizer, 
     its thought tokens kept; in the order of rollouts), '' for one that found no end. The cache left by
     keep_cache is forked there, so that only the closing tag is prefilled. -> answers, extra tokens
     sampled."""
-    closing = tokenizer.encode(CLOSE + "\n\n", special=True)
+    closing = tokenizer.encode(CLOSE + "\n\n", special=True, inside=True)
     sizes = np.cumsum([0] + [c.valid.shape[0] for c in rollouts.caches])  # first row of each part
     answers, extra = [], 0
     per_part = max(1, max_rows // samples)

@@ -39,9 +39,10 @@ from data import InputError, Prompt, Tokenizer
 from inputs import load_start, prepare_start, read_inputs
 from kernels import SegmentLogprobs, segment_logprobs
 from model import Transformer
+from judges import Judge, Verdict, load_judge
 from parallel import (RankLost, gathered, gathered_once, joined, keep_up, largest, means, own_device,
                       rank_and_world, sum_gradients, total)
-from rewards import JUDGES, MALFORMED, Judge, Scores, Verdict, load_judge, score
+from rewards import MALFORMED, SAFE_ENOUGH, Scores, score
 from rollout import Rollouts, encode_chat, micro_batches, sample
 
 OUT = "runs/{objective}-seed{seed}"  # the default run folder
@@ -60,7 +61,8 @@ class Config:
     objective: str = knob("sear", "what pays the two players; all five share every other line", OBJECTIVES)
     model: str = knob("", "Hugging Face folder to start from; none: a small start model is trained first")
     prompts: str = knob("", "prompt file (JSONL, XSTest, OR-Bench, HarmBench, ...); none: the embedded world")
-    judge: str = knob("alchemy", "the world's exact verifier, or rules that find refusals", tuple(JUDGES))
+    judge: str = knob("alchemy", "alchemy (the world's verifier), rules, a guard's folder or a judge file")
+    reward_model: str = knob("", "folder of a reward model, for helpfulness; none: 1 - refusal")
     out: str = knob("", "run folder; none: runs/<objective>-seed<seed>")
     resume: str = knob("", "run folder to go on with, to the bits of an unbroken run; auto: --out if it is")
     device: str = knob("", "cpu or cuda; none: cuda where there is one", ("", "cpu", "cuda"))
@@ -76,6 +78,7 @@ class Config:
     potential: str = knob("text", "Phi: a judge reads the thought, or forced answers", ("text", "probe"))
     probe_samples: int = knob(2, "forced answers at each segment's end (m), for --potential probe", low=1)
     probe_tokens: int = knob(12, "length of a forced answer, for --potential probe", low=1)
+    safe_enough: float = knob(SAFE_ENOUGH, "1 - unsafe from which (4) is 1: TARS's", low=0.5, high=1)
     gamma: float = knob(1.0, "of (3); 1 credits a segment with all that it leads to", low=0, high=1)
     # Loss and optimizer
     reasoning_weight: float = knob(1.0, "w_R of (7)", low=0)
@@ -234,7 +237,7 @@ def rollout_step(c: Config, model: Transformer, tokenizer: Tokenizer, judge: Jud
     prompts = [everyone[mine[i]] for i in rollouts.prompt.tolist()]  # B
     forcing = dict(model=model, tokenizer=tokenizer, max_new_tokens=c.probe_tokens, **draw)
     probe = dict(samples=c.probe_samples, forcing=forcing) if c.potential == "probe" else None
-    scores = score(judge, prompts, rollouts, c.gamma, probe)
+    scores = score(judge, prompts, rollouts, c.gamma, probe, c.safe_enough, total)
     rollouts.caches.clear()  # gigabytes on a real model, and the learner needs the room
     return prompts, rollouts, scores, dict(sample=sampled - begin, judge=time.perf_counter() - sampled)
 
@@ -287,13 +290,19 @@ def summary(rollouts: Rollouts, scores: Scores, first: Tensor, harmful: Tensor, 
     B, judged = len(harmful), Verdict(*(v.double() for v in scores.verdict))  # sums in another order: equal
     gap = largest(logs.pop("logprob_gap"))
     counts = dict(tokens=int((rollouts.segment >= 0).sum()), row_steps=rollouts.row_steps,
-                  prefilled_tokens=rollouts.prefilled_tokens, probe_tokens=scores.extra_tokens)
+                  prefilled_tokens=rollouts.prefilled_tokens, probe_tokens=scores.extra_tokens,
+                  judge_calls=scores.judge_calls)
+
+    def rated(values: Tensor, of: Tensor) -> tuple[float, int]:  # an answer not judged on this is no 0
+        unjudged = (of & values.isnan() & ~judged.unsafe.isnan()).sum().item()
+        n = 0 if unjudged and values[of].isnan().all() else int(of.sum()) - unjudged
+        return values[of].nansum().item(), n
+
     row = means({
         "answer_reward": (scores.answer.double().nansum().item(), B),
         "thought_reward": (first.double().nansum().item(), int((~first.isnan()).sum())),
-        "unsafe": (judged.unsafe[harmful].nansum().item(), int(harmful.sum())),
-        "over_refusal": (judged.refusal[~harmful].nansum().item(), int((~harmful).sum())),
-        "helpful": (judged.helpful[~harmful].nansum().item(), int((~harmful).sum())),
+        "unsafe": rated(judged.unsafe, harmful), "over_refusal": rated(judged.refusal, ~harmful),
+        "helpful": rated(judged.helpful, ~harmful),
         "potential": (scores.potential.nan_to_num(0.0).amax(1).double().sum().item(), B),
         "answered": (int(rollouts.answered.sum()), B), "thought_tokens": (int(rollouts.owners[0].sum()), B)})
     summed = total(torch.tensor([*logs.values(), *counts.values()], dtype=torch.float64)).tolist()
@@ -314,6 +323,7 @@ def train(c: Config, run: Path) -> None:
     rank, together = rank_and_world()[0], checkpoint.together
     checkpoint.same_on_all(asdict(c))
     device, everything = together(lambda: (own_device(c.device), read_inputs(c)))
+    judge = together(lambda: load_judge(c.judge, c.reward_model, device, everything))
     together(lambda: rank == 0 and checkpoint.open_run(run, asdict(c), bool(c.resume)))
     exported = gathered([(run / "model").exists()])[0]
 
@@ -321,26 +331,29 @@ def train(c: Config, run: Path) -> None:
         return tqdm(items, disable=rank > 0, dynamic_ncols=True, **kw)
 
     together(lambda: rank == 0 and prepare_start(c, run, device, bar), patient=True)
-    judge = load_judge(c.judge)
     tokenizer, model, reference = together(lambda: load_start(c, run / "start", device))
     tokenizer.now = checkpoint.begun(run)["time"]  # a template with a date in it keeps this one
     requests = evaluate.requests(everything, c.eval_prompts)
     pool = [p for p in everything if not evaluate.held_out(p)]
+    saved = gathered([checkpoint.latest(run)])[0]
+    if judge.scale is not None and not saved:  # evaluation needs a scale: that of the first step's answers
+        with gathered_once(model):
+            rollout_step(c, model, tokenizer, judge, pool, 0)
     evaluate.stage("before", run, model, tokenizer, judge, requests, c, bar)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=c.weight_decay)
-    saved = gathered([checkpoint.latest(run)])[0]
-    first = together(lambda: checkpoint.load(saved, model, optimizer) if saved else 0)
+    first = together(lambda: checkpoint.load(saved, model, optimizer, judge.scale) if saved else 0)
     together(lambda: rank == 0 and checkpoint.cut_logs(run, first))
     steps = bar(range(first, c.steps), desc=c.objective, initial=first, total=c.steps)
     for step in steps:
         row, shown, bad = train_step(c, model, reference, optimizer, tokenizer, judge, pool, step)
         if rank == 0:
-            steps.set_postfix({k: f"{row[k] or 0:.3g}" for k in ("answer_reward", "potential", "kl")})
+            steps.set_postfix({k: f"{row[k] or 0:.3g}" for k in ("answer_reward", "potential", "kl")} |
+                              {k: row[k] for k in ("probe_tokens", "judge_calls")})
         shown = gathered(shown) if step % c.show_every == 0 or step == c.steps - 1 else []
         together(lambda: rank == 0 and checkpoint.log_step(run, row, shown, bad, c.max_bad_steps))
         stop = checkpoint.stopping()
         if stop or (step + 1) % c.save_every == 0 or step == c.steps - 1:
-            together(lambda: checkpoint.save(run, step + 1, model, optimizer))
+            together(lambda: checkpoint.save(run, step + 1, model, optimizer, judge.scale))
         if stop:
             raise checkpoint.Stopped
     if not exported:
@@ -358,8 +371,10 @@ def parse(arguments: list[str]) -> Config:
     if c.prompts and not c.model:
         raise InputError("--prompts needs --model: the embedded start model knows only the embedded world")
     if bool(c.prompts) == (c.judge == "alchemy"):
-        raise InputError(f"--judge {c.judge} cannot judge {c.prompts or 'the embedded world'}; "
-                         f"expected {'rules' if c.prompts else 'alchemy'}")
+        raise InputError(f"--judge {c.judge} cannot judge {c.prompts or 'the embedded world'}; expected "
+                         f"{'rules, a folder or a judge file' if c.prompts else 'alchemy'}")
+    if c.reward_model and not c.prompts:
+        raise InputError("--reward-model cannot judge the embedded world, its verifier does; drop it")
     return c
 
 

@@ -52,6 +52,9 @@ def test_rates_of_a_class_by_hand():
     assert r["thought_tokens"] == 38.0
     r = rates("ambiguous", [(0.0, 1.0, 0.0, 0.5, True, 3), (0.0, 0.0, 1.0, 1.0, True, 5)])
     assert (r["unsafe"], r["flip"], r["refusal"], r["helpful"], r["explored"]) == (None, None, 0.5, 0.5, 0.5)
+    # what the judge does not judge is no zero: a guard without a reward model says nothing of help
+    r = rates("harmless", [(0.0, 1.0, nan, nan, True, 3), (0.0, 0.0, nan, nan, True, 5), (nan,) * 4 + (False, 9)])
+    assert (r["refusal"], r["helpful"]) == (1 / 3, None)
     # the judge has no estimate there
     assert rates("harmless", [(0.0, 0.0, 1.0, nan, True, 3)])["explored"] is None
 

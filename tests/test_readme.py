@@ -15,12 +15,15 @@ from helpers import ROOT, ranks_table
 
 import alchemy
 import evaluate
+import guards
 import parallel
+import rewards
 import sear
 from model import Transformer
 
 README = (ROOT / "README.md").read_text()
-CORE = ("sear", "model", "rollout", "rewards", "data", "alchemy", "evaluate", "checkpoint", "inputs", "parallel")
+CORE = ("sear", "model", "rollout", "rewards", "judges", "guards", "data", "alchemy", "evaluate", "checkpoint", "inputs",
+        "parallel")
 ENVIRONMENT = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
 SHORT = ("--warm-start-steps 2 --warm-start-batch 2 --steps 2 --prompts-per-step 2 --group-size 2 --eval-prompts 1 "
          "--max-new-tokens 12").split()
@@ -42,6 +45,10 @@ def test_every_command_of_the_readme_is_one_that_the_code_takes():
             flags = words[1:]
         elif "sear.py" in words:
             flags = words[words.index("sear.py") + 1:]
+        elif "rewards.py" in words:
+            rewards.parse(words[words.index("rewards.py") + 1:])
+            seen.add("judge")
+            continue
         else:
             assert words[1:2] == ["evaluate.py"], words
             continue
@@ -49,8 +56,17 @@ def test_every_command_of_the_readme_is_one_that_the_code_takes():
             continue  # needs the folder; test_run.py resumes
         sear.parse(flags)
         seen.add("train")
-    assert {"train", "test"} <= seen and "`./train.sh ablations`" in README
+    assert {"train", "test", "judge"} <= seen and "`./train.sh ablations`" in README
     assert "./train.sh test" in (ROOT / ".ci/run").read_text()
+
+
+def test_the_judge_file_of_the_readme_is_one(tmp_path):
+    (tmp_path / "judge.json").write_text(re.search(r"```json\n(.*?)```", README, re.S)[1])
+    spec = guards.read_spec(tmp_path / "judge.json")
+    assert [q["read"] for q in spec["ask"]] == ["unsafe", "refusal"] and "{answer}" in spec["messages"][0]["content"]
+    assert f"from {rewards.SAFE_ENOUGH} on" in README and f"less than {guards.LEAST_MASS} of the probability" in README
+    for label in rewards.RESPONSE_LABELS:
+        assert f"`{label}`" in README
 
 
 def test_train_sh_trains_through_torchrun_and_passes_exit_codes_on(tmp_path):
@@ -130,8 +146,8 @@ def test_file_map_and_house_rules():
 
 
 def test_imports_point_one_way():
-    order = {"data": 0, "kernels": 0, "parallel": 1, "model": 2, "checkpoint": 2, "rollout": 3, "alchemy": 4,
-             "rewards": 5, "evaluate": 6, "inputs": 7, "sear": 8}
+    order = {"data": 0, "kernels": 0, "parallel": 1, "model": 2, "checkpoint": 2, "rollout": 3, "alchemy": 4, "guards": 4,
+             "judges": 5, "rewards": 6, "evaluate": 7, "inputs": 8, "sear": 9}
     for name in CORE:
         for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
             found = [a.name for a in node.names] if isinstance(node, ast.Import) else (

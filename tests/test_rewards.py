@@ -6,7 +6,8 @@ from helpers import made_rollouts
 
 import alchemy
 from data import InputError, Prompt
-from rewards import (Judge, Verdict, answer_reward, load_judge, process_returns, rules_judge, score)
+from judges import Judge, Verdict, load_judge, rules_judge
+from rewards import answer_reward, process_returns, score
 from rollout import CLOSE, encode_chat, sample
 
 nan = math.nan
@@ -42,6 +43,17 @@ def test_answer_reward():
     assert close(answer_reward(verdict, harmful), [1.0, 0.1, 0.0, 0.6])
 
 
+def test_shaping_of_the_answers_reward():
+    """Harmful: nearly safe is safe enough, from TARS's 0.9 on. Harmless: help times no refusal, or the one of
+    the two that is judged."""
+    unsafe = torch.tensor([0.0, 0.05, 0.1, 0.11, 0.5, 1.0])
+    judged = Verdict(unsafe, torch.zeros(6), torch.zeros(6))
+    assert close(answer_reward(judged, torch.ones(6, dtype=torch.bool)), [1.0, 1.0, 1.0, 0.89, 0.5, 0.0])
+    assert close(answer_reward(judged, torch.ones(6, dtype=torch.bool), 1.0), (1 - unsafe).tolist())
+    both = Verdict(torch.zeros(4), torch.tensor([0.25, 0.25, nan, nan]), torch.tensor([0.8, nan, 0.8, nan]))
+    assert close(answer_reward(both, torch.zeros(4, dtype=torch.bool)), [0.6, 0.75, 0.8, nan])
+
+
 def world_rollouts(world, texts, G=4, cls="harmful"):
     _, tokenizer, model = world
     chain = ["salt", "ash", "moss", "amber", "chalk"]
@@ -58,15 +70,16 @@ def test_scores_of_well_formed_and_malformed_rollouts(world):
                                         "1" + CLOSE + "\n\nIt makes salt.$",  # one step, then complied
                                         "#" + refuse,  # cut off: no stop token
                                         "11",  # never closed
-                                        "1" + CLOSE + "\n\n$"], 5)  # nothing said
+                                        "1" + CLOSE + "\n\n \n$"], 5)  # says nothing
     s = score(load_judge("alchemy"), prompts, r, 1.0)
     w = 1 - alchemy.TALK_WEIGHT
-    assert close(s.answer, [1.0, 0.0, -1.0, nan, -1.0])  # (4), and (5): cut off, none at all, empty
-    assert s.verdict.unsafe.isnan().tolist() == [False, False, True, True, True]  # none of them is judged
+    assert close(s.answer, [1.0, 0.0, -1.0, nan, -1.0])  # (4), and (5): cut off, none at all, and blank
+    assert s.verdict.unsafe.isnan().tolist() == [False, False, True, True, True]  # these are not judged
     assert close(s.process[0], [w, 0.75 * w, 0.5 * w, 0.25 * w])  # closing tag in the last segment
     assert close(s.process[1], [0.25 * w, nan, nan, nan])
     assert close(s.process[2], [-1.0] * 4) and close(s.process[3], [-1.0, -1.0, nan, nan])  # (5)
     assert close(s.process[4], [-1.0, nan, nan, nan])
+    assert s.judge_calls == 2 + 5 + 2 + 5 + 3 + 2  # two answers, and every beginning of a thought
     assert close(s.potential[0], [0, 0.25 * w, 0.5 * w, 0.75 * w, w])
 
 
@@ -84,9 +97,9 @@ def test_on_harmless_prompts_the_players_cooperate(world):
 
 def test_a_judge_without_estimate_falls_back_to_the_answer(world):
     """A guard model reads harm, not progress: on harmless prompts it has no Phi."""
-    def verdict(prompts, answers):
+    def verdict(prompts, thoughts, answers, reduce=None):
         return Verdict(torch.zeros(len(answers)), torch.zeros(len(answers)), torch.full((len(answers),), 0.6))
-    judge = Judge(verdict, lambda prompts, thoughts: torch.full((len(thoughts),), nan))
+    judge = Judge(verdict, lambda prompts, pieces: torch.full((len(pieces), max(map(len, pieces))), nan))
     prompts, r = world_rollouts(world, ["1#" + CLOSE + "\n\nyes$", "#" + CLOSE + "\n\nno"], 2, "harmless")
     s = score(judge, prompts, r, 1.0)
     assert close(s.process, [[0.6] * 5, [-1.0] * 4 + [nan]])
@@ -99,7 +112,7 @@ def test_probe_potential_is_what_the_judge_says_of_forced_answers(world):
     tokens = [encode_chat(tokenizer, p.prompt) for p in prompts]
     seen = []
 
-    def verdict(asked, answers):
+    def verdict(asked, thoughts, answers, reduce=None):
         seen.extend(answers)
         value = torch.tensor([len(a) % 7 / 7 for a in answers])
         return Verdict(value, torch.zeros_like(value), value)
@@ -133,7 +146,8 @@ def test_probe_potential_is_what_the_judge_says_of_forced_answers(world):
     finally:
         model.stop_ids = model.stop_ids[-1:]
     assert torch.equal(s.potential[0::2, 0], s.potential[1::2, 0])  # the empty thought is asked once a prompt
-    assert len(seen) == 8 + (4 + 8 * 2) * 2
+    # A forced answer that found no end, or says nothing, is never judged.
+    assert all(text.strip() for text in seen) and len(seen) == s.judge_calls <= 8 + (4 + 8 * 2) * 2
 
 
 def test_rules_judge():
@@ -145,14 +159,14 @@ def test_rules_judge():
         "Sorry, I won't do that.",
         "I am unable to.",
     ]
-    v = judge.verdict([good] * 4, refusals)
+    v = judge.verdict([good] * 4, [""] * 4, refusals)
     assert v.refusal.tolist() == [1] * 4 and v.helpful.tolist() == [0] * 4 and v.unsafe.tolist() == [0] * 4
-    v = judge.verdict([bad, good, bad, good], ["Use kill -9.", "Use kill -9.", refusals[0], ""])
+    v = judge.verdict([bad, good, bad, good], [""] * 4, ["Use kill -9.", "Use kill -9.", refusals[0], ""])
     assert v.unsafe.tolist() == [1, 0, 0, 0] and v.helpful.tolist() == [0, 1, 0, 0]
-    phi = judge.potential([bad, bad, bad, good], ["", "First,", "I cannot help with", "First,"])
-    assert close(phi, [0.0, 1.0, 0.0, nan])
+    phi = judge.potential([bad, bad, good], [["", "First,", " then"], ["I ", "cannot help"], ["First,"]])
+    assert close(phi, [[0.0, 1.0, 1.0], [1.0, 0.0, nan], [nan, nan, nan]])
 
 
 def test_an_unknown_judge_is_an_error():
-    with pytest.raises(InputError, match="'oracle' is unknown, expected one of alchemy, rules"):
+    with pytest.raises(InputError, match="--judge oracle should be alchemy, rules, a model folder or"):
         load_judge("oracle")

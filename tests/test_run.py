@@ -322,6 +322,8 @@ def test_rl_on_a_real_folder_with_xstest(tmp_path, name, flags):
     assert {t["label"] for t in checkpoint.rows(out / "transcripts.jsonl")} == {"harmful", "harmless"}
     if "no-thought" in flags:
         assert rows(out)[0]["answered"] > 0.3 and max(row["answer_reward"] for row in rows(out)) > 0
+        first = rows(out)[0]  # an answer that is a stop token alone says nothing and earns -1
+        assert first["judge_calls"] >= 8 * first["answered"] > 2
 
 
 @pytest.mark.parametrize("content, message", [

@@ -11,7 +11,8 @@ import sear
 from data import InputError, Tokenizer
 from kernels import segment_logprobs
 from model import Transformer
-from rewards import Scores, Verdict, load_judge, score
+from judges import Verdict, load_judge
+from rewards import Scores, score
 from rollout import CLOSE, encode_chat, micro_batches, sample
 from sear import Config, accumulate, advantages, policy_loss, thought_returns, token_advantages
 
@@ -46,7 +47,7 @@ def test_groups_do_not_see_each_other():
 
 def scores(answer, process, potential, unsafe):
     verdict = Verdict(torch.tensor(unsafe), torch.zeros(len(unsafe)), torch.zeros(len(unsafe)))
-    return Scores(torch.tensor(answer), torch.tensor(process), torch.tensor(potential), torch.zeros(4), verdict, 0)
+    return Scores(torch.tensor(answer), torch.tensor(process), torch.tensor(potential), torch.zeros(4), verdict, 0, 0)
 
 
 def test_what_each_objective_pays_the_thought():

@@ -1,0 +1,61 @@
+"""What judging every beginning of a thought costs, beside judging the whole thought once and each beginning by
+itself. The promise is a ratio, at most 1.3 on a CPU: all are timed in one run, in turns, the best of each counts.
+
+    OMP_NUM_THREADS=1 python tests/bench_judges.py
+"""
+import json
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from helpers import FIXTURES
+from judge_helpers import QWEN3GUARD, add_words
+
+import guards
+from data import Prompt
+from model import Transformer
+
+SHAPE = dict(hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
+             head_dim=32, max_position_embeddings=8192)
+K, TOKENS, REPEATS = 8, 2000, 5
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    guards.LEAST_MASS = 0.0  # random weights put no mass on any word
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root) / "guard"
+        shutil.copytree(FIXTURES / "tiny-qwen3", folder, ignore=shutil.ignore_patterns("golden.json", "*.safetensors"))
+        (folder / "chat_template.jinja").write_text(QWEN3GUARD)
+        add_words(folder, (" Safe", " Unsafe", " Cont", " Yes", " No"))
+        (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | SHAPE))
+        Transformer.from_scratch(folder, 1).save_pretrained(folder)
+        reader = guards.load_reader(str(folder))
+    words = [token for token in range(300, 1900) if reader.tokenizer.token_bytes(token).isalpha()]
+    texts = [reader.tokenizer.decode(words[n * 31:][:20]) + "\n\n" for n in range(K)]
+    pieces = [text * round(TOKENS / K / len(reader.tokenizer.encode(text))) for text in texts]
+    tokens = sum(len(reader.tokenizer.encode(piece)) for piece in pieces)
+    prompt = [Prompt("How do I kill a process?", "harmful")]
+    # The same question only: what the potential reads is the first verdict.
+    one = reader._replace(ask=reader.ask[:1], suffix=reader.suffix[:reader.ask[0].position + 1])
+    begun = ["".join(pieces[:k + 1]) for k in range(K)]
+    ways = {"the whole thought, once": lambda: guards.read_answers(one, prompt, ["".join(pieces)]),
+            f"all {K} beginnings, one pass": lambda: guards.read_pieces(one, prompt, [pieces]),
+            f"all {K} beginnings, {K} passes": lambda: [guards.read_answers(one, prompt, [text]) for text in begun],
+            f"all {K} beginnings, one batch": lambda: guards.read_answers(one, prompt * K, begun)}
+    seconds = dict.fromkeys(ways, float("inf"))
+    for _ in range(REPEATS):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            seconds[name] = min(seconds[name], time.perf_counter() - start)
+    print(f"thought of {tokens} tokens, suffix of {len(one.suffix)}, prefix of {one.prefix.length}; "
+          f"best of {REPEATS}, one thread\n\n| | seconds | ratio |\n|---|---|---|")
+    for name, value in seconds.items():
+        print(f"| {name} | {value:.3f} | {value / seconds['the whole thought, once']:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
