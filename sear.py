@@ -61,7 +61,7 @@ class Config:
     prompts: str = knob("", "prompt file (JSONL, XSTest, OR-Bench, HarmBench, ...); none: the embedded world")
     judge: str = knob("alchemy", "the world's exact verifier, or rules that find refusals", tuple(JUDGES))
     out: str = knob("", "run folder; none: runs/<objective>-seed<seed>")
-    resume: str = knob("", "run folder to go on with, to the bits of an unbroken run; auto: --out if it is")
+    resume: str = knob("", "run folder to go on with, to the same bits; auto: that of --out, if there is one")
     device: str = knob("", "cpu or cuda; none: cuda where there is one", ("", "cpu", "cuda"))
     seed: int = knob(1, "of everything random: start model, requests, rollouts", low=0, high=2**31)
     # Sampling
