@@ -132,6 +132,7 @@ def rows(file: Path) -> list[dict]:
 
 def same_on_all(config: dict) -> None:
     """Raises InputError, on every rank, where the ranks do not run the same code with the same knobs."""
+    config = {k: v for k, v in config.items() if k != "resume"}  # rank 0 alone goes by it
     mine = {"code": environment()["source_sha256"], "torch version": torch.__version__} | config
     ranks = gathered([mine])
     other = {i: [k if k not in config else f"config (--{k.replace('_', '-')})" for k in mine if
@@ -196,8 +197,8 @@ def read_flags(arguments: list[str], config: type, description: str, presets: di
                out: str) -> dict:
     """Values for the fields of `config`, a dataclass whose metadata hold help, choices, low and high, from
     flags of the same names. Giving the flag that a preset is named after moves the defaults to the preset's;
-    --resume takes all that is not given from the run's config.json; "auto", which a process means too that
-    torchrun has restarted, only if there is one. out: pattern of the default folder. Raises InputError."""
+    --resume takes all that is not given from the run's config.json; "auto", which `torchrun --max-restarts`
+    means too, only if there is one. out: pattern of the default run folder. Raises InputError."""
     parser = Parser(prog="sear.py", description=description, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     knobs = {f.name: f for f in fields(config)}
@@ -208,8 +209,8 @@ def read_flags(arguments: list[str], config: type, description: str, presets: di
                             choices=f.metadata["choices"] or None, help=f.metadata["help"] + shown)
     given = vars(parser.parse_args(arguments))
     given["out"] = given.get("out") or out.format(**{k: given.get(k, f.default) for k, f in knobs.items()})
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if given.get("resume", "auto" if restarted else "") == "auto":
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"  # its count differs between machines
+    if given.get("resume", "auto" if restarts else "") == "auto":
         given["resume"] = given["out"] if Path(given["out"], "config.json").exists() else ""
     if given.get("resume"):
         file = Path(given["resume"]) / "config.json"

@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import time
+import uuid
 from datetime import timedelta
 from pathlib import Path
 
@@ -88,6 +89,8 @@ def meet(backend: str, limit: timedelta, ended: threading.Event) -> None:
         # Two connections: while the group waits on one of them, nothing else goes through it.
         store, rank, world = next(dist.rendezvous("env://", timeout=limit))
         pulse, *_ = next(dist.rendezvous("env://", timeout=limit))
+        life = this_life(store, rank, world, time.monotonic() + limit.total_seconds())
+        store, pulse = dist.PrefixStore(life, store), dist.PrefixStore(life, pulse)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
         pulse.set(f"pulse/{rank}", "0")
         total(torch.zeros(1))
@@ -97,6 +100,26 @@ def meet(backend: str, limit: timedelta, ended: threading.Event) -> None:
     finally:
         alarm.cancel()
     threading.Thread(target=watch, args=(pulse, rank, world, ended), daemon=True).start()
+
+
+def this_life(store: dist.Store, rank: int, world: int, end: float) -> str:
+    """A name for this start of all ranks. torchrun keeps its store over restarts, and in it the addresses of
+    the dead; nor do its machines count restarts alike. So rank 0 makes up a name, and a rank believes it once
+    it comes with the random word that this rank has just said. end: of time.monotonic()."""
+    word, others = uuid.uuid4().hex, range(1, world)
+    if rank > 0:
+        store.set(f"word/{rank}", word)
+    while time.monotonic() < end:
+        if rank == 0:
+            heard = [store.get(f"word/{r}").decode() for r in others if store.check([f"word/{r}"])]
+            store.set("life", " ".join([word, *heard]))
+            if all(store.check([f"{word}/here/{r}"]) for r in others):
+                return word
+        elif store.check(["life"]) and word in (said := store.get("life").decode().split()):
+            store.set(f"{said[0]}/here/{rank}", "yes")
+            return said[0]
+        time.sleep(0.02)
+    raise RuntimeError("some rank did not come in time")
 
 
 def watch(store: dist.Store, rank: int, world: int, ended: threading.Event) -> None:
@@ -271,11 +294,11 @@ def write_tensors(files: dict[Path, dict[str, Tensor]]) -> None:
     cannot stop gathering halfway."""
     rank, failed = rank_and_world()[0], []
 
-    def put(file: Path, data) -> None:
+    def put(file: Path, data, mode: str) -> None:
         try:
             if rank == 0 and not failed:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                with open(file, "ab") as f:
+                with open(file, mode) as f:
                     f.write(data)
         except OSError as error:
             failed.append(error)
@@ -287,8 +310,8 @@ def write_tensors(files: dict[Path, dict[str, Tensor]]) -> None:
             header[name] = {"dtype": "F32", "shape": list(x.shape), "data_offsets": [begin, end]}
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of 8
-        put(file, len(text).to_bytes(8, "little") + text)
+        put(file, len(text).to_bytes(8, "little") + text, "wb")
         for x in tensors.values():
-            put(file, whole(x.detach()).contiguous().cpu().numpy().data)
+            put(file, whole(x.detach()).float().contiguous().cpu().numpy().data, "ab")
     if failed:
         raise failed[0]

@@ -64,7 +64,7 @@ class Config:
     judge: str = knob("alchemy", "alchemy (the world's verifier), rules, a guard's folder or a judge file")
     reward_model: str = knob("", "folder of a reward model, for helpfulness; none: 1 - refusal")
     out: str = knob("", "run folder; none: runs/<objective>-seed<seed>")
-    resume: str = knob("", "run folder to go on with, to the bits of an unbroken run; auto: --out if it is")
+    resume: str = knob("", "run folder to go on with, to the same bits; auto: that of --out, if there is one")
     device: str = knob("", "cpu or cuda; none: cuda where there is one", ("", "cpu", "cuda"))
     seed: int = knob(1, "of everything random: start model, requests, rollouts", low=0, high=2**31)
     # Sampling

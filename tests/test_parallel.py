@@ -472,4 +472,6 @@ def test_a_device_for_each_rank(monkeypatch):
 if __name__ == "__main__":  # under torchrun: a rank that is killed in its first life
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         Die("sear", "rollout_step", 4)(int(os.environ["RANK"]))
+    elif os.environ["RANK"] == "0":
+        time.sleep(3)  # the others come first, and find in torchrun's store what the dead have left there
     sys.exit(sear.main())
