@@ -94,14 +94,17 @@ def test_train_sh_hands_signals_to_the_workers(tmp_path, number, code):
 
 
 def test_the_results_table_is_what_the_code_made_of_the_runs():
-    rows = [json.loads(line) for line in (ROOT / "results/rows.jsonl").read_text().splitlines()]
-    runs = {}
-    for row in rows:
-        key = (row["objective"], row["seed"])
-        runs.setdefault(key, dict(objective=key[0], seed=key[1], rows=[]))["rows"].append(row)
-    assert {o for o, _ in runs} == set(sear.OBJECTIVES) and {s for _, s in runs} == {1, 2, 3} and len(runs) == 15
-    shown = re.search(r"<!-- results -->\n(.*?)\n<!-- /results -->", README, re.S)[1].strip()
-    assert shown == evaluate.table(evaluate.columns_of(list(runs.values())))
+    for folder in ("results", "results/rare-talk"):
+        runs = {}
+        for line in (ROOT / folder / "rows.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            key = (row["objective"], row["seed"])
+            runs.setdefault(key, dict(objective=key[0], seed=key[1], rows=[]))["rows"].append(row)
+        assert {o for o, _ in runs} == set(sear.OBJECTIVES) and {s for _, s in runs} == {1, 2, 3} and len(runs) == 15
+        made = evaluate.table(evaluate.columns_of(list(runs.values())))
+        assert made == (ROOT / folder / "table.md").read_text().strip()
+        if folder == "results":
+            assert made == re.search(r"<!-- results -->\n(.*?)\n<!-- /results -->", README, re.S)[1].strip()
     for picture in re.findall(r"!\[.*?\]\((.*?)\)", README):
         assert (ROOT / picture).read_bytes().startswith(b"\x89PNG")
     assert "results/tradeoff.png" in README and "results/curves.png" in README
