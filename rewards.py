@@ -19,7 +19,7 @@ from tqdm import tqdm
 import checkpoint
 from data import InputError, Prompt, expect, rows_of, whole_text
 from guards import READS, load_reader, read_answers
-from judges import Judge, Verdict, moments, ragged, standardised
+from judges import JUDGES, Judge, Verdict, moments, ragged, standardised
 from rollout import Rollouts, force_answers
 
 MALFORMED = -1.0  # equation (5)
@@ -227,6 +227,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     given = parser.parse_args(arguments)
     if not given.judge and not given.reward_model:
         raise InputError("give a --judge, a --reward-model or both")
+    expect(given.judge not in JUDGES, f"--judge {given.judge}", "a model folder or a judge file (.json)",
+           "one that knows the embedded world or a prompt's label only")
     expect(not given.out.is_dir(), f"--out {given.out}", "a file", "a folder")  # not after an hour of judging
     return given
 

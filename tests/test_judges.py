@@ -501,6 +501,7 @@ def test_flags_that_ask_for_nothing(folders, tmp_path, monkeypatch, capsys):
     file.write_text('{"prompt": "a", "response": "b"}\n')
     for arguments, message in [(["--responses", file], "give a --judge, a --reward-model or both"),
                                (["--judge", folders / "qwen"], "--responses"), (["--what"], "--"),
+                               (["--judge", "rules", "--responses", file], "--judge rules should be a model folder"),
                                (["--judge", tmp_path, "--responses", file], "config.json should be a readable file"),
                                (["--judge", folders / "qwen", "--responses", file, "--out", tmp_path], "--out .* found 'a folder'")]:
         code, said = judge_file(monkeypatch, capsys, *arguments)
