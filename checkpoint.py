@@ -366,7 +366,8 @@ def coloured(t: dict) -> str:
     paint = (lambda code, s: f"\033[{code}m{s}\033[0m") if sys.stdout.isatty() else (lambda code, s: s)
     lines = [paint(1, f"step {t['step']}, {t['kind'] or t['label']}: {t['prompt']}")]
     for s in t["segments"]:
-        said = paint(34 if s["player"] == "reasoning" else 32, s["text"].strip())
+        text = s["text"].strip().replace("\n\n</think>", " </think>")
+        said = paint(34 if s["player"] == "reasoning" else 32, text)
         worth = [f"{key} {s[key]:+.2f}" for key in ("return", "advantage") if s[key] is not None]
         lines.append(f"  {s['player']:9s} {said} " + paint(2, f"  [{', '.join(worth)}]"))
     return "\n".join(lines)
