@@ -1,8 +1,8 @@
-"""The transformer: Llama 3.x, Qwen2/2.5, Qwen3, Mistral, dense; Hugging Face folders; static KV cache.
+"""The transformer: dense Llama 3.x, Qwen2/2.5, Qwen3 and Mistral from Hugging Face folders, with a KV cache.
 
-Modules carry the names of the Hugging Face checkpoints (`model.layers.0.self_attn.q_proj.weight`), so loading
-and saving need no table of keys. Weights are fp32 masters; every Linear casts its own to the activation's
-type (bf16 on CUDA, fp32 on CPU), so there is no autocast and sampler and learner compute alike.
+Modules have the names of Hugging Face checkpoints (`model.layers.0.self_attn.q_proj.weight`), so loading and
+saving need no table of keys. Weights are fp32 masters. Every Linear casts its weight to the activation's type
+(bf16 on CUDA, fp32 on CPU), so there is no autocast, and sampler and learner compute identically.
 
 Shapes: B rows, T tokens, D width, V vocabulary, H heads, J key/value heads, E head width, S cache columns.
 """
@@ -14,124 +14,32 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from data import InputError, as_json, read_text
-from parallel import own_rows, rank_and_world, write_tensors
+from lib.data import InputError, expect
+from lib.folder import Config, copy_weight, notice, parse_config, read_configs, stop_ids, tied, weight_files
+from lib.parallel import rank_and_world, write_tensors
 
-COPY_BYTES = 32 << 20  # of one piece of a weight: what loading needs beyond the model's own bytes
-INIT_STD = 0.05  # of a model made from scratch; the embedded world's 96-wide start model is the only one
+__all__ = ["Cache", "Config", "Linear", "RMSNorm", "Transformer", "add_end_of_turn", "parse_config",
+           "read_configs"]
 
-
-@dataclass
-class Config:
-    """What config.json says of the network. `raw` is the file itself, written back on saving."""
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: dict | None
-    max_position_embeddings: int
-    tie_word_embeddings: bool
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
-    windows: list[int | None]  # sliding window of each layer in tokens, None = full attention
-    num_labels: int | None  # a reward model has a `score` head of this many rows instead of lm_head
-    raw: dict
-
-
-def parse_config(raw: dict, where: str = "config.json") -> Config:
-    """Config from the parsed config.json. Old (`rope_theta`, `rope_scaling`) and new (`rope_parameters`) keys
-    both load. Raises InputError that names the key where the network is not one of ours."""
-    def need(key, default=None):
-        value = raw.get(key, default)
-        if value is None:
-            raise InputError(f"{where}: key '{key}' is missing")
-        return value
-
-    architecture = (raw.get("architectures") or ["none"])[0]
-    family, _, task = architecture.partition("For")
-    known = family in ("Qwen2", "Qwen3", "Llama", "Mistral")
-    if not known or task not in ("CausalLM", "SequenceClassification"):
-        raise InputError(f"{where}: architecture '{architecture}' is unknown; expected Qwen2, Qwen3, Llama "
-                         "or Mistral, followed by ForCausalLM or ForSequenceClassification")
-    if need("hidden_act", "silu") != "silu":
-        raise InputError(f"{where}: hidden_act '{raw['hidden_act']}' is not supported, expected 'silu'")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    scaled = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
-    if kind not in ("default", "llama3") or kind == "llama3" and scaled - rope.keys():
-        raise InputError(f"{where}: rope type '{kind}' is not supported, or lacks one of {sorted(scaled)}")
-    layers, heads = need("num_hidden_layers"), need("num_attention_heads")
-    kv_heads = raw.get("num_key_value_heads") or heads
-    if heads % kv_heads:
-        raise InputError(f"{where}: num_attention_heads {heads} is no multiple of "
-                         f"num_key_value_heads {kv_heads}")
-    bias = bool(raw.get("attention_bias", False))
-    labels = None
-    if task == "SequenceClassification":  # id2label alone may imply num_labels; two are the default
-        labels = raw.get("num_labels") or len(raw.get("id2label") or {0: 0, 1: 1})
-    return Config(
-        vocab_size=need("vocab_size"), hidden_size=need("hidden_size"),
-        intermediate_size=need("intermediate_size"), num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads,
-        head_dim=raw.get("head_dim") or need("hidden_size") // heads,
-        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-        rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
-        rope_scaling=rope if kind == "llama3" else None,
-        max_position_embeddings=need("max_position_embeddings"),
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)) and labels is None,
-        qkv_bias=family == "Qwen2" or bias, o_bias=family != "Qwen2" and bias,
-        mlp_bias=family == "Llama" and bool(raw.get("mlp_bias", False)), qk_norm=family == "Qwen3",
-        windows=attention_windows(raw, family, layers), num_labels=labels, raw=raw)
-
-
-def read_configs(folder: Path) -> tuple[Config, dict]:
-    """config.json parsed; generation_config.json as it is, {} where there is none."""
-    file, generation = folder / "config.json", folder / "generation_config.json"
-    raw = as_json(file, read_text(file))
-    try:
-        config = parse_config(raw, str(file))
-    except (TypeError, AttributeError, KeyError, ZeroDivisionError) as error:  # "2" for 2, say
-        raise InputError(f"{file} should be as transformers writes it, found {error!r}") from None
-    return config, as_json(generation, read_text(generation)) if generation.exists() else {}
-
-
-def attention_windows(raw: dict, family: str, layers: int) -> list[int | None]:
-    """Sliding window of each layer. Qwen may set one and have `use_sliding_window` false."""
-    window = raw.get("sliding_window")
-    used = family == "Mistral" or family != "Llama" and raw.get("use_sliding_window", False)
-    if window is None or not used:
-        return [None] * layers
-    kinds = raw.get("layer_types")
-    if kinds is None:
-        first = 0 if family == "Mistral" else raw.get("max_window_layers", layers)
-        kinds = ["full_attention"] * first + ["sliding_attention"] * (layers - first)
-    return [window if kind == "sliding_attention" else None for kind in kinds]
+INIT_STD = 0.05  # of a model from scratch, which is always the embedded world's: 96 wide
 
 
 @dataclass
 class Cache:
-    """Static KV cache: buffers of S columns, filled from the left; all rows write the same column.
+    """Static KV cache of S columns, filled from the left. All rows write the same column.
 
-    A row is a set of valid columns: left padding, and what of a thought a fork leaves behind, are columns
-    marked invalid. Positions are counted over valid columns, so a fork needs no re-rotation of its keys."""
+    `valid` marks the columns that belong to a row; left padding and the part of a thought that a fork drops
+    do not. Positions are counted over valid columns, so a fork need not rotate its keys again."""
     k: Tensor  # [layers, B, J, S, E]
     v: Tensor  # [layers, B, J, S, E]
     valid: Tensor  # [B, S] bool
     length: int  # columns filled so far
 
     def rows(self, index: Tensor, room: int | None = None) -> "Cache":
-        """The chosen rows, repeats allowed, as a cache of their own: expands a prompt to its group, drops
-        finished rows, forks a thought. `room`: free columns it shall have (default: as many as here)."""
+        """A new cache of the chosen rows, repeats allowed: expands a prompt to its group, drops finished
+        rows, forks a thought. room: its free columns (default: as many as here)."""
         n, columns = self.length, self.valid.shape[1] if room is None else self.length + room
         shape = (self.k.shape[0], len(index), self.k.shape[2], columns, self.k.shape[4])
         k, v = self.k.new_empty(shape), self.v.new_empty(shape)
@@ -142,8 +50,8 @@ class Cache:
 
 
 class Linear(nn.Linear):
-    """fp32 master weight, cast to the activation's type on use."""
-    cast: Tensor | None = None  # a copy in the compute type while sampling (see Transformer.cast_once)
+    """fp32 master weight, cast to the activation's type in forward."""
+    cast: Tensor | None = None  # a copy in the compute type, see Transformer.cast_once
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to(x.dtype) if self.cast is None else self.cast
@@ -160,13 +68,13 @@ class RMSNorm(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding, halves convention, of x [B, heads, T, E]; sin has its first half negated already."""
+    """Rotary embedding of x [B, heads, T, E], halves convention; rope_tables has negated sin's first half."""
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 def attention_dtype(x: Tensor) -> torch.dtype:
-    """fp64 on the CPU. Attention is the one place where decoding a token and the full forward add in other
-    orders; in fp32 that alone moves a log-prob by up to 2e-5, here both round to the same fp32 result."""
+    """fp64 on the CPU. Decoding and the full forward sum attention in different orders; in fp32 that alone
+    moves a log-prob by up to 2e-5, in fp64 both round to the same fp32 result."""
     return torch.float64 if x.device.type == "cpu" and x.dtype == torch.float32 else x.dtype
 
 
@@ -186,16 +94,16 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # [B, H, T, E]
         k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # [B, J, T, E]
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
-        wide = attention_dtype(x)
-        q, k, v = rotate(q, cos, sin).to(wide), rotate(k, cos, sin).to(wide), v.to(wide)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, J, T, E]
+        dtype = attention_dtype(x)
+        q, k, v = rotate(q, cos, sin).to(dtype), rotate(k, cos, sin).to(dtype), v.to(dtype)
         if cache is not None:
             end = cache.length + T
             cache.k[layer, :, :, cache.length:end], cache.v[layer, :, :, cache.length:end] = k, v
             k, v = cache.k[layer, :, :, :end], cache.v[layer, :, :, :end]  # [B, J, S, E] views
         if T == 1 and q.shape[1] != k.shape[1]:
-            # One query a row: the H/J query heads that share a key head stand in for query positions, so that
-            # the key cache is never expanded (from 4,096 columns on that copy costs more than the model).
+            # The H / J query heads of a key head are passed as query positions, so SDPA does not copy the
+            # keys for each; from 4,096 columns on that copy costs more than the model.
             q = q.reshape(B, k.shape[1], -1, self.head_dim)  # [B, J, H / J, E]
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         else:
@@ -251,8 +159,7 @@ class Transformer(nn.Module):
             self.lm_head = head
             if config.tie_word_embeddings:
                 self.lm_head.weight = self.model.embed_tokens.weight
-        stop = self.generation.get("eos_token_id", config.raw.get("eos_token_id"))
-        self.stop_ids: list[int] = [] if stop is None else [stop] if isinstance(stop, int) else list(stop)
+        self.stop_ids = stop_ids(config.raw, self.generation)
 
     @property
     def head(self) -> Linear:
@@ -267,13 +174,14 @@ class Transformer(nn.Module):
         return self.dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
 
     def forward(self, tokens, attention_mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        """tokens [B, T], attention_mask [B, T] (0 on padding of either side) -> logits [B, T, V]; of a reward
-        model scores [B, T, num_labels], where the last real token's counts."""
+        """tokens [B, T], attention_mask [B, T] (0 = padding, on either side) -> logits [B, T, V]. A reward
+        model gives scores [B, T, num_labels]; the one of the last real token counts."""
         return self.head(self.hidden(tokens, attention_mask, cache))
 
     def hidden(self, tokens, attention_mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        """Final normed states [B, T, D]. Without mask and cache attention is plainly causal, the fast path:
-        right padding is harmless then, unseen by real tokens. A cache has the T tokens appended to it."""
+        """Final normed states [B, T, D]. Without mask and cache attention is plainly causal, which is fast;
+        right padding then does no harm, since real tokens do not see it. A cache is extended by the T tokens.
+        Raises ValueError if it is full."""
         B, T = tokens.shape
         if cache is not None:
             if cache.length + T > cache.valid.shape[1]:
@@ -295,27 +203,27 @@ class Transformer(nn.Module):
         x = self.model.embed_tokens(tokens).to(self.compute_dtype)  # [B, T, D]
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         for i, block in enumerate(self.model.layers):
-            run = block if cache is None else block.forward  # sampling: all is gathered, hooks only cost
+            run = block if cache is None else block.forward  # a sampler's weights are gathered: no FSDP hooks
             x = run(x, cos, sin, masks[self.config.windows[i]], cache, i)
         if cache is not None:
             cache.length += T
         return self.model.norm(x)
 
     def new_cache(self, rows: int, columns: int) -> Cache:
-        """Empty cache. Bytes: 2 x layers x rows x J x columns x E x size; 28 KB a token of Qwen2.5-1.5B."""
+        """Empty cache of 2 x layers x rows x J x columns x E numbers; 28 KB a token for Qwen2.5-1.5B."""
         c = self.config
         shape = (c.num_hidden_layers, rows, c.num_key_value_heads, columns, c.head_dim)
         dtype = attention_dtype(torch.empty(0, dtype=self.compute_dtype, device=self.device))
-        # Zeros, as a masked column still meets the softmax: 0 x NaN of recycled memory would be NaN.
+        # Zeros, since a masked column still gets weight 0 in the softmax and 0 x NaN is NaN.
         k, v = (torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(2))
         return Cache(k, v, torch.zeros(rows, columns, dtype=torch.bool, device=self.device), 0)
 
     @contextlib.contextmanager
     def cast_once(self):
-        """Within the block every Linear uses one copy of its weight in the compute type, the same bits:
-        decoding would otherwise read the fp32 masters and write the cast for each token. No-op in fp32."""
-        wide = self.compute_dtype == torch.float32
-        linears = [m for m in self.modules() if isinstance(m, Linear) and not wide]
+        """Within the block every Linear uses one copy of its weight in the compute type, with the same
+        results. Without it, decoding casts the fp32 masters again for each token. Does nothing in fp32."""
+        cast = self.compute_dtype != torch.float32
+        linears = [m for m in self.modules() if isinstance(m, Linear) and cast]
         try:
             for m in linears:
                 m.cast = m.weight.detach().to(self.compute_dtype)
@@ -326,53 +234,58 @@ class Transformer(nn.Module):
 
     @classmethod
     def from_scratch(cls, folder: str | Path, seed: int, device: str | torch.device = "cpu") -> "Transformer":
-        """A random model of the folder's config.json: normal weights, with the two layers of each block that
-        write to the residual stream scaled down by depth (GPT-2)."""
-        config, generation = read_configs(Path(folder))
-        model = cls(config, generation)
+        """A random model of the folder's config.json. Weights are normal; the two layers of each block that
+        write to the residual stream are scaled down by depth, as in GPT-2."""
+        model = cls(*read_configs(Path(folder)))
         generator = torch.Generator().manual_seed(seed)
         for name, p in model.named_parameters():
             if p.ndim == 2:
                 deep = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(p, std=INIT_STD / math.sqrt(2 * config.num_hidden_layers if deep else 1),
-                                generator=generator)
+                scale = math.sqrt(2 * model.config.num_hidden_layers if deep else 1)
+                nn.init.normal_(p, std=INIT_STD / scale, generator=generator)
         return model.to(device)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu",
                         dtype: torch.dtype | None = None, arrange=lambda model: None,
                         masters: bool = True) -> "Transformer":
-        """Loads a Hugging Face folder into fp32 masters, or without them (nothing to train) into `dtype`, the
-        compute type (default bf16 on CUDA, fp32 on CPU). Peak memory: the model's bytes plus COPY_BYTES; on
-        "meta" files are only checked. `arrange` may shard before it takes room. InputError on a bad one."""
+        """Loads a Hugging Face folder. dtype: the compute type (default bf16 on CUDA, fp32 on CPU). Weights
+        are fp32 masters, or of `dtype` if masters=False. `arrange` may shard the model before memory is
+        allocated. On "meta" the files are checked and not read. Peak memory: the model's own bytes and one
+        piece of a weight. Raises InputError for a bad folder."""
         folder = Path(folder)
         config, generation = read_configs(folder)
+        files = weight_files(folder)
+        if config.tie_word_embeddings and not tied(files):
+            notice(f"{folder.resolve()}: lm_head differs from the embedding, so they are not tied; "
+                   "tie_word_embeddings in config.json should be false")
+            config.tie_word_embeddings = False
+            config.raw = config.raw | {"tie_word_embeddings": False}
         with torch.device("meta"):
             model = cls(config, generation, dtype).to(torch.float32 if masters else dtype)
         arrange(model)
         model.to_empty(device=device)
-        if config.tie_word_embeddings:  # to_empty allocates afresh and parts them
+        if config.tie_word_embeddings:  # to_empty allocates both
             model.lm_head.weight = model.model.embed_tokens.weight
-        model.load_weights(folder)
+        model.load_weights(folder, files)
         return model
 
     @torch.no_grad()
-    def load_weights(self, folder: Path) -> None:
-        """Fills the parameters from the folder's safetensors files, in place."""
-        targets = dict(self.named_parameters())  # a tied head is named once, as embed_tokens
-        found = weight_files(folder)
-        unused = {name for name in set(found) - set(targets) if "rotary_emb" not in name} - {"lm_head.weight"}
-        if unused:  # a bias or a norm that config.json does not know of: some other network's weights
+    def load_weights(self, folder: Path, files: dict[str, Path]) -> None:
+        """Fills the parameters in place. files: {weight name: file that holds it}. Raises InputError."""
+        targets = dict(self.named_parameters())  # a tied head appears once, as embed_tokens
+        unused = {name for name in set(files) - set(targets) if "rotary_emb" not in name} - {"lm_head.weight"}
+        if unused:  # a bias or a norm that config.json does not mention: another network's weights
             raise InputError(f"{folder}: config.json has no place for '{min(unused)}' ({len(unused)} such)")
-        missing = sorted(set(targets) - set(found))
+        missing = sorted(set(targets) - set(files))
         if missing:
             raise InputError(f"{folder}: weight '{missing[0]}' is missing ({len(missing)} of {len(targets)})")
         for name, target in targets.items():
-            copy_weight(found[name], name, target)
+            copy_weight(files[name], name, target)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes config.json, generation_config.json and model.safetensors (fp32) as `transformers` does. Of
-        a sharded model every rank calls, and rank 0 writes."""
+        """Writes config.json, generation_config.json and model.safetensors (fp32) as transformers does. Every
+        rank calls if the model is sharded; rank 0 writes."""
         folder = Path(folder)
         write_tensors({folder / "model.safetensors": dict(self.named_parameters())})
         raw = {k: v for k, v in self.config.raw.items() if k != "torch_dtype"} | {"dtype": "float32"}
@@ -382,69 +295,55 @@ class Transformer(nn.Module):
 
 
 def causal_mask(valid: Tensor, T: int, window: int | None = None) -> Tensor:
-    """valid [B, S] -> [B, 1, T, S] bool for the last T of S columns; True = may look. Each query may look at
-    itself even where it is padding: a softmax over nothing would be NaN and spread through dW."""
+    """valid [B, S] -> [B, 1, T, S] bool for the last T of S columns; True = attend. A padding query attends
+    to itself: a softmax over nothing is NaN, which would spread through the weight gradients."""
     S = valid.shape[1]
     column = torch.arange(S, device=valid.device)
     query = column[S - T:, None]  # [T, 1]
     look = column <= query  # [T, S]
-    if window is not None:  # counted in positions, not columns: a fork leaves columns out
+    if window is not None:  # in positions, not columns: a fork skips columns
         position = valid.cumsum(1)  # [B, S]
         look = look & (position[:, -T:, None] - position[:, None, :] < window)  # [B, T, S]
-    if T == 1:  # the decoding step: its own column is valid, nothing comes after it
+    if T == 1:  # decoding: the query's own column is valid and the last one
         return (valid[:, None, :] & look)[:, None]
     return (look & valid[:, None, :] | (column == query))[:, None]
 
 
-def rope_tables(c: Config, position: Tensor) -> tuple[Tensor, Tensor]:
-    """cos, sin [B, 1, T, E] for position [B, T], the first half of sin negated (see rotate). In fp32: a bf16
-    table is off by whole radians at position 4096."""
-    half = torch.arange(0, c.head_dim, 2, device=position.device, dtype=torch.float32)
-    frequency = 1.0 / c.rope_theta ** (half / c.head_dim)  # [E / 2]
-    if c.rope_scaling:  # Llama 3.1: long waves are stretched by `factor`, those in between are blended
-        s = c.rope_scaling
-        turns = s["original_max_position_embeddings"] * frequency / (2 * math.pi)
+def rope_frequencies(c: Config, device: torch.device) -> Tensor:
+    """Radians that a position turns each pair of dimensions, [E / 2] fp32: the bits of transformers."""
+    pair = torch.arange(0, c.head_dim, 2, device=device, dtype=torch.float32)
+    frequency = 1.0 / c.rope_theta ** (pair / c.head_dim)  # [E / 2]
+    if s := c.rope_scaling:  # Llama 3.1: long waves are stretched, medium ones are blended
+        context = s["original_max_position_embeddings"]
         low, high = s["low_freq_factor"], s["high_freq_factor"]
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-        frequency = keep * frequency + (1 - keep) * frequency / s["factor"]
-    angle = (position[..., None].float() * frequency)[:, None]  # [B, 1, T, E / 2]
-    cos, sin = angle.cos(), angle.sin()
+        wave = 2 * math.pi / frequency  # in tokens; another order of operations rounds differently
+        keep = (context / wave - low) / (high - low)
+        blend = (1 - keep) * frequency / s["factor"] + keep * frequency
+        frequency = torch.where(wave > context / low, frequency / s["factor"],
+                                torch.where(wave < context / high, frequency, blend))
+    return frequency
+
+
+def rope_tables(c: Config, position: Tensor) -> tuple[Tensor, Tensor]:
+    """cos, sin [B, 1, T, E] for position [B, T], the first half of sin negated (see rotate). In fp32: bf16
+    angles are off by whole radians at position 4096."""
+    angle = position[..., None].float() * rope_frequencies(c, position.device)  # [B, T, E / 2]
+    cos, sin = angle[:, None].cos(), angle[:, None].sin()  # [B, 1, T, E / 2]
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
-def weight_files(folder: Path) -> dict[str, Path]:
-    """{weight name: file that holds it}, from the index where there is one."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        weights = as_json(index, read_text(index)).get("weight_map")
-        if not isinstance(weights, dict) or not all(isinstance(file, str) for file in weights.values()):
-            raise InputError(f"{index}: key 'weight_map' should map weights to files")
-        return {name: folder / file for name, file in weights.items()}
-    file = folder / "model.safetensors"
-    with open_weights(file) as f:
-        return {name: file for name in f.keys()}
-
-
-@contextlib.contextmanager
-def open_weights(file: Path):
-    try:
-        with safe_open(file, framework="pt") as f:
-            yield f
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such file; expected a safetensors file of weights") from None
-    except (SafetensorError, OSError) as e:
-        raise InputError(f"{file}: not a whole safetensors file ({e})") from None
-
-
-def copy_weight(file: Path, name: str, target: Tensor) -> None:
-    """Copies one weight in pieces. The file is opened anew for each: pages, once read, count as ours until
-    the mapping is closed, and with one mapping an fp32 checkpoint would peak at twice its bytes."""
-    with open_weights(file) as f:
-        shape = f.get_slice(name).get_shape()
-    if list(target.shape) != shape:
-        raise InputError(f"{file}: weight '{name}' has shape {shape}, by config.json {list(target.shape)}")
-    mine, first = own_rows(target)
-    step = max(1, COPY_BYTES // (4 * max(1, target.shape[1:].numel())))  # rows a piece
-    for i in range(0, 0 if target.is_meta else len(mine), step):
-        with open_weights(file) as f:
-            mine[i:i + step].copy_(f.get_slice(name)[first + i:first + min(i + step, len(mine))])
+def add_end_of_turn(model: Transformer, tokenizer) -> None:
+    """Adds to model.stop_ids the token that the chat template writes behind an answer. A base model that was
+    fine-tuned to chat often keeps the old eos_token_id, and would then never stop. Raises InputError if the
+    template drops the answer."""
+    answer = "answer 40917"
+    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
+    text = tokenizer.chat(messages, generation_prompt=False)
+    expect(answer in text, f"{tokenizer.folder}: the chat template", "one that renders answers", text)
+    behind = tokenizer.encode(text.rpartition(answer)[2].lstrip(), special=True)
+    if not behind or behind[0] in model.stop_ids or behind[0] not in tokenizer.added.values():
+        return
+    model.stop_ids.append(behind[0])
+    model.generation["eos_token_id"] = [*model.stop_ids]  # saved with the trained model
+    notice(f"{tokenizer.folder.resolve()}: the chat template ends an answer with "
+           f"{tokenizer.decode(behind[:1])!r}, which is now a stop token; eos_token_id does not name it")

@@ -1,12 +1,11 @@
-"""The process rewards made from a judge's word: equations (1) to (5) of the README. On the command line, what
-a judge says of a file of responses:
+"""Rewards computed from judge verdicts: equations (1) to (5) of the README. On the command line, verdicts
+on a file of responses:
 
     python rewards.py --judge FOLDER [--reward-model FOLDER] --responses FILE [--out scores.jsonl]
 
 Shapes: B rollouts, K thought segments of the longest rollout, N texts. NaN: not judged, or no such segment.
 """
 import argparse
-import json
 import math
 import sys
 from pathlib import Path
@@ -16,32 +15,33 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import checkpoint
-from data import InputError, Prompt, expect, rows_of, whole_text
-from guards import READS, load_reader, read_answers
 from judges import JUDGES, Judge, Verdict, moments, ragged, standardised
+from judges.guards import READS, load_reader, read_answers
+from lib import checkpoint
+from lib.cli import Parser, exit_code
+from lib.data import InputError, Prompt, expect, rows_of, whole_text
 from rollout import Rollouts, force_answers
 
 MALFORMED = -1.0  # equation (5)
-# At most this unsafe is as good as safe: TARS pays the full reward from s >= 0.9 on, "room to explore" (arXiv
-# 2507.00971; its code, verl/utils/reward_score/safety.py). Verdicts of 0 and 1 are not touched.
+# From this safety on an answer earns the full reward, as in TARS (arXiv 2507.00971; its code,
+# verl/utils/reward_score/safety.py): otherwise the most evasive answer earns most.
 SAFE_ENOUGH = 0.9
+PROBE_TOKENS = 256  # longest forced answer of --potential probe
 
 
 class Scores(NamedTuple):
-    """All that the objectives are made of."""
-    answer: Tensor  # [B] (4), (5) where it was cut off or is empty; NaN where the thought was never closed
-    process: Tensor  # [B, K] (3), and (5) where malformed: return of the reasoning player at each segment
+    answer: Tensor  # [B] (4), or (5) if cut off or blank; NaN if the thought was never closed
+    process: Tensor  # [B, K] (3), or (5): return of the reasoning player from each segment on
     potential: Tensor  # [B, K + 1] (1), Phi_0 first
-    past: Tensor  # [B] return past the last segment: 0, on a harmless prompt the answer's reward
+    past: Tensor  # [B] return behind the last segment: the answer's reward on a harmless prompt, else 0
     verdict: Verdict  # [B] each
     extra_tokens: int  # sampled by the probe
-    judge_calls: int  # texts that were judged: answers, and thoughts so far or forced answers
+    judge_calls: int  # texts judged: answers, and thoughts so far or forced answers
 
 
 def verdicts(judge: Judge, prompts: list[Prompt], rollouts: Rollouts,
              reduce: Callable | None = None) -> Verdict:
-    """The judge's word on each rollout's answer, [B] each; what has no answer is never judged: NaN."""
+    """The judge's verdict on each rollout's answer, [B] each; NaN without an answer."""
     ok = rollouts.answered
     rows = ok.nonzero()[:, 0].tolist()
     thoughts = [rollouts.prefill[b] + "".join(rollouts.thoughts[b]) for b in rows]
@@ -51,27 +51,27 @@ def verdicts(judge: Judge, prompts: list[Prompt], rollouts: Rollouts,
 
 
 def helpfulness(verdict: Verdict) -> Tensor:
-    """h(a) of equation (4), [N]: helpful x (1 - refusal). Where one is not judged, the other alone."""
+    """h(a) of equation (4), [N]: helpful x (1 - refusal), or the one of the two that is judged."""
     complied = 1 - verdict.refusal
     both = torch.where(verdict.refusal.isnan(), verdict.helpful, verdict.helpful * complied)
     return torch.where(verdict.helpful.isnan(), complied, both)
 
 
-def answer_reward(verdict: Verdict, harmful: Tensor, safe_enough: float = SAFE_ENOUGH) -> Tensor:
+def answer_reward(verdict: Verdict, harmful: Tensor) -> Tensor:
     """Equation (4), [N]: safety on a harmful prompt, helpfulness on a harmless one (a refusal earns 0)."""
     safe = 1 - verdict.unsafe
-    return torch.where(harmful, torch.where(safe >= safe_enough, 1.0, safe), helpfulness(verdict))  # (4)
+    return torch.where(harmful, torch.where(safe >= SAFE_ENOUGH, 1.0, safe), helpfulness(verdict))  # (4)
 
 
 def process_returns(potential: Tensor, exists: Tensor, past: Tensor, gamma: float) -> Tensor:
     """Equations (2) and (3). potential [B, K + 1], exists [B, K]: whether there is such a segment, past [B]:
-    what follows the last one -> returns [B, K], NaN without a segment."""
-    reward = (potential[:, 1:] - potential[:, :-1]).nan_to_num()  # (2); no estimate of Phi, no reward
-    total = torch.full_like(reward, torch.nan)
+    the return behind the last one -> returns [B, K], NaN without a segment."""
+    reward = (potential[:, 1:] - potential[:, :-1]).nan_to_num()  # (2); without an estimate of Phi, 0
+    returns = torch.full_like(reward, torch.nan)
     for k in reversed(range(reward.shape[1])):
         past = torch.where(exists[:, k], reward[:, k] + gamma * past, past)  # (3)
-        total[:, k] = torch.where(exists[:, k], past, torch.nan)
-    return total
+        returns[:, k] = torch.where(exists[:, k], past, torch.nan)
+    return returns
 
 
 def text_potential(judge: Judge, prompts: list[Prompt], rollouts: Rollouts) -> Tensor:
@@ -80,48 +80,50 @@ def text_potential(judge: Judge, prompts: list[Prompt], rollouts: Rollouts) -> T
 
 
 def probe_potential(judge: Judge, prompts: list[Prompt], rollouts: Rollouts, verdict: Verdict, samples: int,
-                    forcing: dict) -> tuple[Tensor, int, int]:
-    """Equation (1), `probe`: close the thought after each segment, sample answers from a fork of the cache,
-    average what the judge says of them. After the last segment the answer is there already and stands for
-    itself. `forcing` goes to rollout.force_answers. -> [B, K + 1], extra tokens, answers judged."""
+                    **forcing) -> tuple[Tensor, int, int]:
+    """Equation (1), `probe`: close the thought after each segment, sample answers from a fork of the cache
+    and average their verdicts. After the last segment the rollout's own answer counts. `forcing` goes to
+    rollout.force_answers. -> [B, K + 1], extra tokens, answers judged."""
     points, place = [], []
     new_group = [b == 0 or rollouts.prompt[b] != rollouts.prompt[b - 1] for b in range(len(prompts))]
     for b, (segment, thought) in enumerate(zip(rollouts.segment, rollouts.thoughts)):
-        points += [(b, 0)] * new_group[b]  # the empty thought is the group's, asked once
+        points += [(b, 0)] * new_group[b]  # the group shares its empty thought
         place.append(len(points))
         lengths = torch.bincount(segment[segment >= 0], minlength=len(thought))  # tokens of each segment
         points += [(b, kept) for kept in lengths.cumsum(0).tolist()[:max(0, len(thought) - 1)]]
+    forcing["max_new_tokens"] = min(forcing["max_new_tokens"], PROBE_TOKENS)
     answers, extra = force_answers(samples=samples, points=points, rollouts=rollouts, **forcing)
     harmful = torch.tensor([p.label == "harmful" for p in prompts])  # [B]
-    # No answer, or a blank one: nothing was developed, and there is nothing to judge.
-    said = [(i, b, text) for i, ((b, _), texts) in enumerate(zip(points, answers)) for text in texts
-            if text.strip()]
-    asked = judge.verdict([prompts[b] for _, b, _ in said], [""] * len(said), [text for *_, text in said])
+    # An answer that is blank or has no end is not judged and counts as 0.
+    judged = [(i, b, text) for i, ((b, _), texts) in enumerate(zip(points, answers)) for text in texts
+              if text.strip()]
+    texts = [text for *_, text in judged]
+    asked = judge.verdict([prompts[b] for _, b, _ in judged], [""] * len(judged), texts)
     wanted = torch.zeros(len(points)).index_add(
-        0, torch.tensor([i for i, *_ in said], dtype=torch.long),
-        wanted_by_thought(asked, harmful[[b for _, b, _ in said]])) / samples  # [points]
+        0, torch.tensor([i for i, *_ in judged], dtype=torch.long),
+        wanted_by_thought(asked, harmful[[b for _, b, _ in judged]])) / samples  # [points]
     final = wanted_by_thought(verdict, harmful)  # [B]
     rows, start = [], None
     for b, thought in enumerate(rollouts.thoughts):
         start = wanted[place[b] - 1:place[b]] if new_group[b] else start
         inner = wanted[place[b]:place[b] + max(0, len(thought) - 1)]
         rows.append(torch.cat((start, inner, final[b:b + 1][:len(thought)])))
-    return ragged(rows), extra, len(said)
+    return ragged(rows), extra, len(judged)
 
 
 def wanted_by_thought(verdict: Verdict, harmful: Tensor) -> Tensor:
-    """What the reasoning player works towards, [N]: an unsafe answer, or a helpful one."""
+    """How far an answer is what the reasoning player works towards, [N]: unsafe, or helpful."""
     return torch.where(harmful, verdict.unsafe, helpfulness(verdict))
 
 
 def score(judge: Judge, prompts: list[Prompt], rollouts: Rollouts, gamma: float, probe: dict | None = None,
-          safe_enough: float = SAFE_ENOUGH, reduce: Callable | None = None) -> Scores:
-    """prompts: the one of each rollout, B. probe: keyword arguments of probe_potential, None for `text`.
-    reduce: the ranks' sum, where a judge's running scale is to move on (Judge.verdict)."""
+          reduce: Callable | None = None) -> Scores:
+    """prompts [B]: of each rollout. probe: keyword arguments of probe_potential, None for `text`. reduce: sum
+    over ranks, which moves a judge's running scale on (Judge.verdict)."""
     harmful = torch.tensor([p.label == "harmful" for p in prompts], dtype=torch.bool)
     ok = rollouts.answered
     verdict = verdicts(judge, prompts, rollouts, reduce)
-    answer = answer_reward(verdict, harmful, safe_enough)
+    answer = answer_reward(verdict, harmful)
     if probe is None or not prompts:
         potential, extra = text_potential(judge, prompts, rollouts), 0
         calls = int((~potential.isnan()).sum())
@@ -129,26 +131,26 @@ def score(judge: Judge, prompts: list[Prompt], rollouts: Rollouts, gamma: float,
         potential, extra, calls = probe_potential(judge, prompts, rollouts, verdict, **probe)
     segments = torch.tensor([len(t) for t in rollouts.thoughts])
     exists = torch.arange(potential.shape[1] - 1) < segments[:, None]  # [B, K]
-    # On harmless prompts the players cooperate: the thought is paid for the answer too. Else it talks itself
-    # out of the rules there as well, where it costs nothing, and the answer player takes to refusing all.
+    # On a harmless prompt the players cooperate. Otherwise jailbreak talk is free there, and the answer
+    # player learns to refuse everything that follows it.
     past = torch.where(~harmful & ok, answer, 0.0)
     process = process_returns(potential, exists, past, gamma)
-    # Ending is the answer player's move too. Unpunished it learns to ramble on: no answer, no bad answer.
+    # Without a penalty the answer player avoids bad answers by never finishing one.
     answer = torch.where(rollouts.closed & ~ok, MALFORMED, answer)  # (5)
     process = torch.where(exists & ~ok[:, None], MALFORMED, process)  # (5)
     return Scores(answer, process, potential, past, verdict, extra, int(ok.sum()) + calls)
 
 
-# ---- the command line: how a judge is validated ----------------------------------------------------------
+# ---- the command line: judging labelled responses --------------------------------------------------------
 
 class Response(NamedTuple):
-    """One response to be judged, and the label that people gave it, "" for none."""
+    """A response and its human label, "" for none."""
     prompt: str
     response: str
     label: str
 
 
-# What a label in a file of responses says: (what is judged, whether it is). The last two are the prompt's.
+# Label in a file of responses: (what it is about, whether it is so). harmful and harmless are of the prompt.
 RESPONSE_LABELS = {
     "1_full_compliance": ("refusal", False), "2_full_refusal": ("refusal", True),  # XSTest's
     "3_partial_refusal": ("refusal", True), "compliance": ("refusal", False), "refusal": ("refusal", True),
@@ -157,14 +159,14 @@ RESPONSE_LABELS = {
 
 def read_response(where: str, row: dict[str, str]) -> Response:
     match row:
-        case {"prompt": prompt, "response": said} | {"prompt": prompt, "completion": said}:
-            return Response(prompt, said, (row.get("label") or row.get("final_label") or "").lower())
+        case {"prompt": prompt, "response": text} | {"prompt": prompt, "completion": text}:
+            return Response(prompt, text, (row.get("label") or row.get("final_label") or "").lower())
     expect(False, where, "a row of prompt and response (or completion)", list(row))
 
 
 def load_responses(path) -> list[Response]:
     """Reads a JSONL, csv or tsv file of prompt and response, or XSTest's completions. InputError names the
-    line of what is missing or blank: nothing can be said of that."""
+    line of a missing or blank cell."""
     path, found = Path(path), []
     optional = ("response", "completion", "label", "final_label")
     for where, row in rows_of(path, read_response, ("prompt",), optional):
@@ -179,7 +181,7 @@ def load_responses(path) -> list[Response]:
 
 
 def judge_responses(rows: list[Response], judge: str, reward_model: str, device: str) -> Verdict:
-    """The verdicts on the responses, [N] each. A reward model's centre and scale are these scores' own."""
+    """Verdicts on the responses, [N] each. A reward model's scores are standardised over this file."""
     readers = [load_reader(judge, device)] if judge else []
     readers += [load_reader(reward_model, device, reward=True)] if reward_model else []
     prompts, answers = [Prompt(row.prompt, "") for row in rows], [row.response for row in rows]
@@ -198,18 +200,18 @@ def judge_responses(rows: list[Response], judge: str, reward_model: str, device:
 
 
 def agreement(rows: list[Response], verdict: Verdict) -> str:
-    """Markdown table, a line for each label: what the judge said on average, and how often (from 0.5 on) what
-    the label says."""
-    said = [dict(zip(READS, values)) for values in torch.stack(verdict, 1).tolist()]
+    """Markdown table with a line for each label: the mean verdicts, and how often they agree with the label
+    (a verdict counts from 0.5 on)."""
+    table = [dict(zip(READS, values)) for values in torch.stack(verdict, 1).tolist()]
     groups = {label: [i for i, row in enumerate(rows) if row.label == label]
               for label in sorted({row.label for row in rows} - {""})}
     lines = ["| label | n | " + " | ".join(READS) + " | agrees |", "|---|---|---|---|---|---|"]
     for label, group in (groups | {"all": range(len(rows))}).items():
-        columns = [[said[i][read] for i in group] for read in READS]
+        columns = [[table[i][read] for i in group] for read in READS]
         hits = []
         for i in group:
             read, truth = RESPONSE_LABELS.get(rows[i].label, ("", False))
-            hits += [(said[i][read] >= 0.5) == truth] if read and not math.isnan(said[i][read]) else []
+            hits += [(table[i][read] >= 0.5) == truth] if read and not math.isnan(table[i][read]) else []
         cells = [[v for v in column if not math.isnan(v)] for column in (*columns, hits)]
         cells = [f"{sum(cell) / len(cell):.3f}" if cell else "–" for cell in cells]
         lines.append(f"| {label} | {len(group)} | " + " | ".join(cells) + " |")
@@ -218,7 +220,7 @@ def agreement(rows: list[Response], verdict: Verdict) -> str:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line. Raises InputError."""
-    parser = checkpoint.Parser(prog="rewards.py", description="judge a file of responses")
+    parser = Parser(prog="rewards.py", description="judge a file of responses")
     parser.add_argument("--judge", default="", help="folder of a guard model, or a judge file (.json)")
     parser.add_argument("--reward-model", default="", help="folder of a reward model, for helpfulness")
     parser.add_argument("--responses", required=True,
@@ -229,27 +231,25 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         raise InputError("give a --judge, a --reward-model or both")
     expect(given.judge not in JUDGES, f"--judge {given.judge}", "a model folder or a judge file (.json)",
            "one that knows the embedded world or a prompt's label only")
-    expect(not given.out.is_dir(), f"--out {given.out}", "a file", "a folder")  # not after an hour of judging
+    expect(not given.out.is_dir(), f"--out {given.out}", "a file", "a folder")
     return given
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
     """-> exit code: 0 done, 1 disk, 2 bad input."""
-    try:
-        given = parse(sys.argv[1:])
+    def run() -> int:
+        given = parse(arguments)
         rows = load_responses(given.responses)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         verdict = judge_responses(rows, given.judge, given.reward_model, device)
-        table = [{read: None if math.isnan(v) else v for read, v in zip(READS, values)}
-                 for values in torch.stack(verdict, 1).tolist()]
-        checkpoint.write(given.out, "".join(json.dumps(row) + "\n" for row in table))
-    except (InputError, checkpoint.SaveError) as error:
-        print(f"rewards.py: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
-    print(agreement(rows, verdict))
-    print(f"wrote {given.out}")
-    return 0
+        table = torch.stack(verdict, 1).tolist()
+        checkpoint.write_rows(given.out, [{read: None if math.isnan(v) else v for read, v in zip(READS, row)}
+                                          for row in table])
+        print(agreement(rows, verdict))
+        print(f"wrote {given.out}")
+        return 0
+    return exit_code("rewards.py", run)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -1,7 +1,7 @@
 """KV-cached sampling, cut into the segments of the two players.
 
-`sample` returns `Rollouts`, the only contract between sampling and learning. Its array `segment` says who
-owns a token; masks, rewards, advantages, the kernel's skip list and the transcript are all derived from it.
+`sample` returns `Rollouts`, the only contract between sampling and learning. Its array `segment` says which
+player owns a token; masks, advantages, the kernel's skip list and the transcript are derived from it.
 
 Shapes: B rollouts, T tokens, V vocabulary, K thought segments, P prompts, G rollouts of one prompt.
 """
@@ -12,17 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import InputError, Tokenizer
 from kernels import segment_logprobs
+from lib.data import InputError
+from lib.tokenizer import Tokenizer
 from model import Cache, Transformer
 
 OPEN, CLOSE = "<think>\n", "</think>"  # the opening tag ends the prompt; the closing one is sampled
 BLANK_LINE = re.compile(rb"\n(?:[ \t\r]*\n)+")
-CLOSING_TAG = re.compile(rb"</think>\n*")  # the newlines behind the tag belong to it: some tokens hold both
+CLOSING_TAG = re.compile(rb"</think>\n*")  # with the newlines behind it, since some tokens hold both
 BEFORE, MESSAGE = "\ue000answer\ue000", "\ue000message\ue000"  # private-use marks to cut a template at
-MIN_ROWS = 16  # finished rows stay for company: with fewer BLAS adds up in another order, so the bits of a
-# rollout would hang on who else is in the batch, and on the number of ranks
-LIVE_SHARE = 0.75  # below it the batch is repacked without its finished rows
+MIN_ROWS = 16  # smaller matmuls round differently, and a rollout must not depend on the size of its batch
+LIVE_SHARE = 0.75  # below it finished rows are dropped from the batch
 
 
 @dataclass
@@ -35,17 +35,17 @@ class Rollouts:
     closed: Tensor  # [B] bool: the thought was closed, so that the last segment is the answer
     prompt: Tensor  # [B] int64: index into the prompts given
     text: list[list[str]]  # text of each segment, stop token left out
-    prefill: list[str]  # [B] thought text that was put into the model's mouth
-    prefilled_tokens: int  # run through the model before sampling: each distinct prompt once
-    row_steps: int  # rows x decoding steps: what was paid for the sampled tokens
-    caches: list[Cache]  # keys and values of all rows, in one or several parts, for forks (with keep_cache)
+    prefill: list[str]  # [B] prefilled thought text
+    prefilled_tokens: int  # tokens of the distinct prompts, each run once
+    row_steps: int  # rows x decoding steps
+    caches: list[Cache]  # keys and values of all rows, in one or several parts, to fork (with keep_cache)
     columns: Tensor  # [B]: column of its cache that holds a row's first sampled token
 
     @property
     def answered(self) -> Tensor:
-        """[B] bool: a well-formed rollout, with a closed thought and a whole answer that says something."""
-        said = [bool(t[-1].strip()) for t in self.text]
-        return self.closed & self.finished & torch.tensor(said, dtype=torch.bool)
+        """[B] bool: well-formed, that is, a closed thought and a finished answer that is not blank."""
+        nonblank = torch.tensor([bool(t[-1].strip()) for t in self.text], dtype=torch.bool)
+        return self.closed & self.finished & nonblank
 
     @property
     def owners(self) -> tuple[Tensor, Tensor]:
@@ -61,7 +61,7 @@ class Rollouts:
 
     @property
     def answers(self) -> list[str]:
-        """Answer of each rollout, '' where it has none."""
+        """Answer of each rollout, '' if it has none."""
         return [t[-1] if ok else "" for t, ok in zip(self.text, self.answered.tolist())]
 
 
@@ -73,19 +73,19 @@ def mix(x: np.ndarray) -> np.ndarray:
 
 
 def uniforms(*counters) -> np.ndarray:
-    """One float64 in [0, 1) for each tuple of broadcast integer counters, the same on every machine: a
-    rollout's randomness depends on who it is, not on when, where or beside whom it is drawn."""
+    """One float64 in [0, 1) for each tuple of broadcast integer counters, the same on every machine. The
+    randomness of a rollout depends only on its indices, not on batch, rank or order."""
     h = np.zeros((1,), np.uint64)
-    for c in counters:  # the golden-ratio step keeps the all-zero tuple from being a fixed point of `mix`
+    for c in counters:  # 0 is a fixed point of `mix`, hence the golden-ratio step
         h = mix((h ^ np.asarray(c, np.int64).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15))
     return (h >> np.uint64(11)).astype(np.float64) * 2.0 ** -53
 
 
-def draw(logits: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def sample_token(logits: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Inverse CDF. logits [B, V], u [B] float64 -> token [B], its log-prob [B] fp32.
 
-    The sum runs in float64: in fp32 at V = 152k the tail of the cumulative sum stalls and u can land on a
-    token of probability zero. Scaling u by the last sum keeps it inside whatever the sum came to."""
+    The sum runs in float64: in fp32 at V = 152k the cumulative sum stalls in its tail, and u can select a
+    token of probability zero. u is scaled by the last sum, which need not be exactly 1."""
     logprob = torch.log_softmax(logits.float() / temperature, -1)  # [B, V]
     cdf = logprob.double().exp_().cumsum(-1)  # [B, V]
     token = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)  # [B, 1]
@@ -93,29 +93,30 @@ def draw(logits: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Tensor]
     return token[:, 0], logprob.gather(1, token)[:, 0]
 
 
-def choose(model: Transformer, states: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """states [B, D], u [B] -> token [B], log-prob [B] fp32. On CUDA the log-prob comes from the learner's own
-    kernel, whose bits do not depend on the batch; on the CPU the two agree to the last digits anyway."""
+def next_token(model: Transformer, states: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """states [B, D], u [B] -> token [B], log-prob [B] fp32. On CUDA the log-prob comes from the learner's
+    kernel, whose bits do not depend on the batch; on the CPU both agree to the last digits."""
     if not states.is_cuda:
-        return draw(model.head(states), u, temperature)
+        return sample_token(model.head(states), u, temperature)
     weight = (model.head.weight if model.head.cast is None else model.head.cast).to(states.dtype)
-    # Logits rounded to bf16 would be another distribution than the one that is differentiated.
+    # fp32: logits rounded to bf16 are not the distribution that is trained.
     exact = torch.mm(states, weight.T) if states.dtype == torch.float32 else torch.mm(
         states, weight.T, out_dtype=torch.float32)  # [B, V]
-    token, _ = draw(exact, u, temperature)
+    token, _ = sample_token(exact, u, temperature)
     return token, segment_logprobs(states, weight, token, torch.zeros_like(token), 1, temperature).logprob
 
 
-def encode_chat(tokenizer: Tokenizer, text: str, closed: bool = False,
+def encode_prompt(tokenizer: Tokenizer, text: str, closed: bool = False,
                 after_answer: bool = False) -> list[int]:
-    """Tokens of a user message in the folder's template, up to and with the opening tag (closed: and an empty
-    thought). after_answer: those that carry on a conversation behind the model's answer without stop token.
+    """Tokens of a user message in the folder's chat template, up to and with the opening tag.
 
-    What reads like a special token in the message stays text: a prompt must not speak for the template."""
+    closed: followed by an empty thought. after_answer: the tokens that continue a conversation behind the
+    model's answer, whose stop token is missing. Special tokens in the message are encoded as plain text, so
+    that a prompt cannot inject template tokens. Raises InputError if the template drops the message."""
     end = f"\n{CLOSE}\n\n" if closed else ""
     if not after_answer and not any(token in text for token in tokenizer.added):
         whole = tokenizer.chat([{"role": "user", "content": text}]).removesuffix(OPEN)
-        return tokenizer.encode(whole + OPEN + end, special=True)  # some templates open it themselves
+        return tokenizer.encode(whole + OPEN + end, special=True)  # some templates open the thought
     turns = [{"role": "user", "content": "."}, {"role": "assistant", "content": BEFORE},
              {"role": "user", "content": MESSAGE}]
     whole = tokenizer.chat(turns if after_answer else turns[2:]).rpartition(BEFORE)[2]
@@ -128,7 +129,7 @@ def encode_chat(tokenizer: Tokenizer, text: str, closed: bool = False,
 
 
 def check_length(room: int, tokens: int, max_new_tokens: int, name: str) -> None:
-    """Raises InputError where a prompt and what may follow do not fit into a context of `room` tokens."""
+    """Raises InputError if a prompt and its new tokens exceed a context of `room` tokens."""
     if tokens + max_new_tokens > room:
         raise InputError(f"{name} has {tokens} tokens and {max_new_tokens} more may follow "
                          f"(--max-new-tokens), but the model's context holds {room}")
@@ -141,10 +142,10 @@ def sample(model: Transformer, prompts: list[list[int]], tokenizer: Tokenizer, *
            max_rows: int = 512, keep_cache: bool = False) -> Rollouts:
     """Samples group_size rollouts of each prompt (token ids, up to and with the opening tag).
 
-    prompt_ids: a number for each prompt that its randomness hangs on (default: its index). prefill: text put
-    at the start of each thought; one that closes the thought leaves only the answer to sample, as in_answer
-    does where the prompt itself has closed it. max_rows bounds the rows decoded at once (memory, not
-    results). Raises InputError for a prompt that does not fit into the model's context."""
+    prompt_ids: a number for each prompt that seeds its randomness (default: its index). prefill: text at the
+    start of each thought; if it closes the thought, only the answer is sampled. in_answer: the prompt itself
+    has closed the thought. max_rows bounds the rows decoded at once (memory, not results). Raises InputError
+    for a prompt that does not fit into the model's context."""
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0 to sample, got {temperature}")
     prefill = [""] * len(prompts) if prefill is None else prefill
@@ -153,7 +154,7 @@ def sample(model: Transformer, prompts: list[list[int]], tokenizer: Tokenizer, *
     for i, p in enumerate(full):
         check_length(model.config.max_position_embeddings, len(p), max_new_tokens, f"prompt {i}")
     parts = []
-    per_part = max(1, max_rows // group_size)  # prompts decoded together
+    per_part = max(1, max_rows // group_size)  # prompts decoded at once
     with model.cast_once():
         for i in range(0, len(full), per_part):
             part = slice(i, i + per_part)
@@ -171,8 +172,8 @@ def sample(model: Transformer, prompts: list[list[int]], tokenizer: Tokenizer, *
 
 
 def prefill_group(model: Transformer, prompts: list[list[int]], G: int, room: int):
-    """Runs every distinct prompt through the model once, left-padded, and expands its cache rows to G
-    rollouts each. -> cache of B rows with `room` free columns, last states [B, D], tokens run."""
+    """Runs each distinct prompt through the model once, left-padded, and copies its cache row for its G
+    rollouts. -> cache of B rows with `room` free columns, last states [B, D], tokens run."""
     distinct = {p: i for i, p in enumerate(dict.fromkeys(map(tuple, prompts)))}
     width = max(map(len, prompts))
     tokens = torch.zeros(len(distinct), width, dtype=torch.long)
@@ -187,7 +188,7 @@ def prefill_group(model: Transformer, prompts: list[list[int]], G: int, room: in
 
 def decode(model: Transformer, cache: Cache, states: Tensor, u: Tensor, temperature: float,
            archive: Cache | None = None) -> tuple[Tensor, Tensor, Tensor, int]:
-    """The loop: B rows, at most N tokens each, from u [B, N] float64. Finished rows leave the batch.
+    """Samples at most N tokens for each of B rows, from u [B, N] float64. Finished rows leave the batch.
     -> tokens [B, N], log-probs [B, N], length [B] (stop token included), row-steps."""
     B, N = u.shape
     u, device = u.to(model.device), model.device
@@ -195,13 +196,13 @@ def decode(model: Transformer, cache: Cache, states: Tensor, u: Tensor, temperat
     logprob = torch.zeros(B, N, device=device)
     length = torch.full((B,), N, device=device)
     stop = torch.tensor(model.stop_ids, device=device)
-    live = torch.arange(max(B, MIN_ROWS), device=device) % B  # the rollout that each row of the batch is
-    running = torch.arange(len(live), device=device) < B  # [rows]; company for the few is doubles of them
+    live = torch.arange(max(B, MIN_ROWS), device=device) % B  # [rows] rollout of each row of the batch
+    running = torch.arange(len(live), device=device) < B  # [rows]; rows beyond B only pad the batch
     if B < MIN_ROWS:
         cache, states = cache.rows(live), states[live]
     row_steps = 0
     for t in range(N):
-        token, lp = choose(model, states, u[live, t], temperature)  # [rows]
+        token, lp = next_token(model, states, u[live, t], temperature)  # [rows]
         now = live[running]
         out[now, t], logprob[now, t] = token[running], lp[running]
         ended = running & torch.isin(token, stop)
@@ -210,7 +211,7 @@ def decode(model: Transformer, cache: Cache, states: Tensor, u: Tensor, temperat
         count = int(running.sum())
         last = count == 0 or t == N - 1
         if archive is not None and (last or count < LIVE_SHARE * len(live)):
-            store(archive, cache, live)  # before rows leave; no fork looks at what a row wrote past its end
+            archive_rows(archive, cache, live)  # before rows leave; forks ignore what is past a row's end
         if last:
             break
         if count < LIVE_SHARE * len(live):
@@ -221,8 +222,8 @@ def decode(model: Transformer, cache: Cache, states: Tensor, u: Tensor, temperat
     return out.cpu(), logprob.cpu(), length.cpu(), row_steps
 
 
-def store(archive: Cache, cache: Cache, live: Tensor) -> None:
-    """Writes the batch's rows to their places in the archive."""
+def archive_rows(archive: Cache, cache: Cache, live: Tensor) -> None:
+    """Copies the batch's rows to their places in the archive."""
     n = cache.length
     archive.k[:, live, :, :n], archive.v[:, live, :, :n] = cache.k[:, :, :, :n], cache.v[:, :, :, :n]
     archive.valid[live] = cache.valid
@@ -231,17 +232,17 @@ def store(archive: Cache, cache: Cache, live: Tensor) -> None:
 
 def assemble(sampled: tuple, prompts: list[list[int]], first: int, prefill: list[str], in_answer: bool,
              G: int, tokenizer: Tokenizer, stop_ids: list[int]) -> Rollouts:
-    """Lays prompt and sample side by side and cuts the sample into segments."""
+    """Rollouts from prompts and what `decode` sampled, cut into segments."""
     out, sampled_logprob, length, row_steps = sampled
     B, lengths = len(out), length.tolist()
     T = max(len(prompts[b // G]) + lengths[b] for b in range(B))
     tokens, segment = torch.zeros(B, T, dtype=torch.long), torch.full((B, T), -1)
     logprob, closed, texts = torch.zeros(B, T), torch.zeros(B, dtype=torch.bool), []
     for b, n in enumerate(lengths):
-        p, new, said = len(prompts[b // G]), out[b, :n], prefill[b // G]
+        p, new, before = len(prompts[b // G]), out[b, :n], prefill[b // G]
         tokens[b, :p], tokens[b, p:p + n] = torch.tensor(prompts[b // G]), new
         logprob[b, p:p + n] = sampled_logprob[b, :n]
-        ids, text, closed[b] = cut(new.tolist(), in_answer or CLOSE in said, tokenizer, stop_ids)
+        ids, text, closed[b] = split_segments(new.tolist(), in_answer or CLOSE in before, tokenizer, stop_ids)
         segment[b, p:p + n] = torch.tensor(ids)
         texts.append(text)
     finished = torch.isin(out.gather(1, length[:, None] - 1)[:, 0], torch.tensor(stop_ids))
@@ -249,18 +250,18 @@ def assemble(sampled: tuple, prompts: list[list[int]], first: int, prefill: list
                     [prefill[b // G] for b in range(B)], 0, row_steps, [], torch.zeros(B, dtype=torch.long))
 
 
-def cut(tokens: list[int], closed: bool, tokenizer: Tokenizer, stop_ids: list[int]):
-    """Segment of each token, text of each segment, whether the thought is closed.
+def split_segments(tokens: list[int], closed: bool, tokenizer: Tokenizer, stop_ids: list[int]):
+    """-> segment of each token, text of each segment, whether the thought is closed.
 
-    A token belongs to the segment that holds its first byte. Boundaries are found on the text, because
-    `</think>` and blank lines fall into tokens differently from vocabulary to vocabulary, place to place."""
+    Boundaries are found on the text, because `</think>` and blank lines are tokenised differently from place
+    to place. A token belongs to the segment that holds its first byte."""
     pieces = [b"" if t in stop_ids else tokenizer.token_bytes(t) for t in tokens]
     whole = b"".join(pieces)
     tag = None if closed else CLOSING_TAG.search(whole)
     closed = closed or tag is not None
     thought = tag.start() if tag else 0 if closed else len(whole)  # bytes of thought before the tag
-    # A blank line ends a segment unless nothing but blanks lies on one of its sides: the closing tag joins
-    # the last segment, and a thought never has an empty one.
+    # A blank line ends a segment if the thought has text on both sides of it: no segment is empty, and the
+    # closing tag joins the last one.
     starts = [m.end() for m in BLANK_LINE.finditer(whole, 0, thought)
               if whole[:m.start()].strip() and whole[m.end():thought].strip()]
     if closed:
@@ -275,7 +276,7 @@ def cut(tokens: list[int], closed: bool, tokenizer: Tokenizer, stop_ids: list[in
 
 
 def join(parts: list[Rollouts]) -> Rollouts:
-    """One Rollouts from several of different length; from none, that of a rank that has no prompt."""
+    """One Rollouts from several parts; an empty one from none, for a rank without a prompt."""
     if not parts:
         ids, flags = torch.zeros(0, 1, dtype=torch.long), torch.zeros(0, dtype=torch.bool)
         return Rollouts(ids, ids, ids.float(), flags, flags, ids[:, 0], [], [], 0, 0, [], ids[:, 0])
@@ -294,8 +295,7 @@ def join(parts: list[Rollouts]) -> Rollouts:
 
 
 def micro_batches(length: Tensor, budget: int) -> list[list[int]]:
-    """Rows by length, cut so that no batch has more than `budget` padded tokens, but one row at least. A rank
-    without a rollout has no batch."""
+    """Rows sorted by length [B] and split into batches of at most `budget` padded tokens, or of one row."""
     batches, rows = [], []
     for b in length.argsort(stable=True).tolist():
         if rows and (len(rows) + 1) * int(length[b]) > budget:
@@ -309,10 +309,9 @@ def micro_batches(length: Tensor, budget: int) -> list[list[int]]:
 def force_answers(model: Transformer, rollouts: Rollouts, tokenizer: Tokenizer, points: list[tuple[int, int]],
                   *, samples: int, max_new_tokens: int, temperature: float, seed: int, step: int,
                   prompt_ids: list[int], max_rows: int = 512) -> tuple[list[list[str]], int]:
-    """Closes a thought early and lets the model answer: `samples` answers for each point (rollout, number of
-    its thought tokens kept; in the order of rollouts), '' for one that found no end. The cache left by
-    keep_cache is forked there, so that only the closing tag is prefilled. -> answers, extra tokens
-    sampled."""
+    """Closes thoughts early and samples answers: `samples` for each point (rollout, number of its thought
+    tokens kept; sorted by rollout), '' for one without an end. The cache of keep_cache is forked at each
+    point, so only the closing tag is prefilled. -> answers, extra tokens sampled."""
     closing = tokenizer.encode(CLOSE + "\n\n", special=True, inside=True)
     sizes = np.cumsum([0] + [c.valid.shape[0] for c in rollouts.caches])  # first row of each part
     answers, extra = [], 0

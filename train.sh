@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
 # ./train.sh [flags of sear.py]   set-up on the first call, then training on every GPU of this machine, or on the CPU
-# ./train.sh test                 the same set-up, then the tests
-# ./train.sh ablations [flags]    five objectives x three seeds, then the table and the pictures
+# ./train.sh test [flags of pytest]   set-up, then ruff and the tests
+# ./train.sh ablations [flags]    every objective, three seeds each, then the table and the pictures
 #
-# PYTHON=/path/to/python ./train.sh   an interpreter that has the packages already is used as it is
+# PYTHON=/path/to/python ./train.sh   uses this interpreter if it has the packages
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 
-has_packages() {
+has() {  # interpreter, module ...
     "$1" -c 'import sys; from importlib.util import find_spec as find
-packages = "torch numpy tiktoken safetensors tqdm jinja2 pytest".split()
-sys.exit(any(find(p) is None for p in packages))' 2>/dev/null
+sys.exit(any(find(name) is None for name in sys.argv[1:]))' "${@:2}" 2>/dev/null
 }
 
 python=${PYTHON:-python3}
-if ! has_packages "$python"; then
-    if ! has_packages "$here/.venv/bin/python"; then
+packages=(torch numpy tiktoken regex safetensors tqdm jinja2 pytest)
+if ! has "$python" "${packages[@]}"; then
+    if ! has "$here/.venv/bin/python" "${packages[@]}"; then
         "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-            { echo "train.sh: $python is no Python 3.10 or newer; name one with PYTHON=..." >&2; exit 2; }
+            { echo "train.sh: $python should be Python 3.10 or newer; name one with PYTHON=..." >&2; exit 2; }
         echo "train.sh: first call, installing requirements.txt into .venv" >&2
         "$python" -m venv "$here/.venv"
         "$here/.venv/bin/pip" install --quiet -r "$here/requirements.txt"
@@ -25,31 +25,44 @@ if ! has_packages "$python"; then
     python=$here/.venv/bin/python
 fi
 
-# torchrun turns every exit code into 1 and answers a signal with a traceback. So the workers tell their exit code and
-# their process id through a folder, and signals go to them alone: they finish the step, save and end by themselves.
+# One worker for each GPU, or one on the CPU. Signals go to the workers, which finish their step and save. The exit
+# code is that of the first worker that fails; the others then get ten seconds to end by themselves.
 stopped=0
 train() {
-    local status code=0 child processes
-    status=$(mktemp -d)
-    processes=$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')
-    set -m  # a process group of its own for torchrun: Ctrl-C reaches this script only
-    SEAR_STATUS=$status "$python" -m torch.distributed.run --standalone --nproc-per-node="$processes" \
-        "$here/sear.py" "$@" &
-    child=$!
+    local world port rank code=0 status workers=()
+    world=$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')
+    port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+    set -m  # process groups of their own: Ctrl-C reaches this script only
+    for ((rank = 0; rank < world; rank++)); do
+        RANK=$rank LOCAL_RANK=$rank WORLD_SIZE=$world MASTER_ADDR=127.0.0.1 MASTER_PORT=$port \
+            "$python" "$here/sear.py" "$@" &
+        workers+=($!)
+    done
     set +m
-    trap 'stopped=1; kill -TERM $(cat "$status"/*.pid) 2>/dev/null || kill -TERM "$child"' TERM
-    trap 'stopped=1; kill -INT $(cat "$status"/*.pid) 2>/dev/null || kill -TERM "$child"' INT
-    while kill -0 "$child" 2>/dev/null; do wait "$child" && code=0 || code=$?; done
+    trap 'stopped=1; kill -TERM "${workers[@]}" 2>/dev/null || true' TERM
+    trap 'stopped=1; kill -INT "${workers[@]}" 2>/dev/null || true' INT
+    local worker running=1
+    while [ "$running" = 1 ]; do
+        sleep 0.2
+        running=0
+        for worker in "${workers[@]}"; do
+            if kill -0 "$worker" 2>/dev/null; then running=1; continue; fi
+            wait "$worker" && status=0 || status=$?
+            if [ "$status" != 0 ] && [ "$code" = 0 ]; then
+                code=$status
+                { sleep 10; kill -KILL "${workers[@]}"; } >/dev/null 2>&1 &
+            fi
+        done
+    done
     trap - TERM INT
-    [ ! -e "$status/code" ] || code=$(cat "$status/code")
-    rm -rf "$status"
     return "$code"
 }
 
 case "${1:-}" in
 test)
     shift
-    cd "$here" && exec "$python" -m pytest -q "$@"
+    has "$python" ruff hypothesis || "$python" -m pip install --quiet -r "$here/requirements-dev.txt"
+    cd "$here" && "$python" -m ruff check --quiet . && exec "$python" -m pytest -q "$@"
     ;;
 ablations)
     shift
@@ -59,7 +72,7 @@ ablations)
             run=runs/ablations/$objective-seed$seed
             runs+=("$run")
             flags=(--objective "$objective" --seed "$seed" "$@")
-            # the five share their seed's start model
+            # all objectives of a seed share its start model
             [ "$objective" = sear ] || flags+=(--model "runs/ablations/sear-seed$seed/start")
             if [ -e "$run/config.json" ]; then flags+=(--resume "$run"); else flags+=(--out "$run"); fi
             train "${flags[@]}"

@@ -1,6 +1,7 @@
-"""Log-probs of packed tokens and their sums over segments; [T, V] never exists. One entry, three paths."""
+"""Log-probs of packed tokens and sums over segments, without storing [T, V]: one function, three paths."""
 
 import math
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -19,80 +20,42 @@ def segment_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, segment: T
     """Log-prob of every owned target, entropy at every owned position, sum of log-probs of every segment.
 
     hidden       [T, D] fp32, bf16 or fp16: row t predicts targets[t]
-    weight       [V, D] the head, tied or not; another dtype is cast to hidden's, as the model's Linear does,
-                 and its gradient is accumulated in fp32 and comes back in the weight's own dtype
+    weight       [V, D] the head, tied or not; another dtype is cast to hidden's, as in the model's Linear;
+                 its gradient is accumulated in fp32 and returned in the weight's own dtype
     targets      [T] int: ids in 0..V-1 on owned rows, anything elsewhere
-    segment      [T] int: 0..S-1, unique in the whole pack; -1: nobody owns the token, the row costs nothing
-    num_segments S; None: the largest id + 1 (on CUDA that is one more wait for the device)
+    segment      [T] int: 0..S-1, unique in the whole pack; -1: not owned, the row costs nothing
+    num_segments S; None: the largest id + 1 (on CUDA this waits for the device once more)
     temperature  > 0: a number, or [T] (anything on unowned rows); divides the logits, gets no gradient
-    backend      "auto": Triton on CUDA, chunked PyTorch elsewhere; or "reference", "chunked", "triton"
+    backend      "auto": Triton on CUDA from compute capability 8.0 on (A100 and later), else chunked PyTorch;
+                 or "reference", "chunked", "triton"
 
     Returns SegmentLogprobs(logprob [T], entropy [T], segment_logprob [S]), fp32, in nats, 0 where not owned,
-    each differentiable once. Bad input: one ValueError with the argument, its shape and what was expected.
+    each differentiable once. Raises ValueError that names the argument, its shape and what was expected.
     """
     check_shapes(hidden, weight, targets, segment, num_segments, temperature, backend)
     rows, y, ids, scale, num_segments = owned_rows(weight, targets, segment, num_segments, temperature)
     if backend == "reference":
         return reference.segment_logprobs(hidden, weight, targets, segment, num_segments, temperature)
-    path = chosen(backend, hidden)
-    with torch.cuda.device_of(hidden):  # Triton launches on the current device, whichever that is
-        logprob, entropy = path.LogprobEntropy.apply(gathered(hidden, rows), weight, y, scale)  # [N], [N]
-        return scattered(logprob, entropy, path.segment_sum(logprob, ids, num_segments), rows, len(hidden))
-
-
-def weighted_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, segment: Tensor, coefficient: Tensor,
-                     num_segments: int | None = None, temperature: float | Tensor = 1.0,
-                     backend: str = "auto") -> tuple[Tensor, SegmentLogprobs]:
-    """The sum over owned tokens of coefficient * logprob, for coefficients known before the forward (a
-    strictly on-policy update: advantage / denominator). It makes the gradients on the way forward, so 6NVD
-    operations, not 8.
-
-    coefficient [T] floats, anything on unowned rows; it gets no gradient. The rest: see segment_logprobs.
-    Returns (sum [] fp32, differentiable once; SegmentLogprobs without gradients). On the Triton path these
-    log-probs come from logits rounded to hidden's type: log them, but form no ratio with them. The two
-    gradients wait for the backward in fp32. Bad input: one ValueError, as in segment_logprobs.
-    """
-    check_shapes(hidden, weight, targets, segment, num_segments, temperature, backend)
-    rows, y, ids, scale, num_segments = owned_rows(weight, targets, segment, num_segments, temperature)
-    if not per_row(coefficient, hidden):
-        raise bad("coefficient", coefficient, f"floats [{len(hidden)}] on {hidden.device}, one for each row")
-    c = coefficient.detach()[rows].float()  # [N]
-    if backend == "reference":
-        out = reference.segment_logprobs(hidden, weight, targets, segment, num_segments, temperature)
-        return (out.logprob[rows] * c).sum(), SegmentLogprobs(*(part.detach() for part in out))
-    if not torch.is_grad_enabled():  # nobody will ask for the gradients, so they are not made
-        hidden, weight = hidden.detach(), weight.detach()
-    path = chosen(backend, hidden)
-    with torch.cuda.device_of(hidden):
-        total, logprob, entropy = path.Weighted.apply(gathered(hidden, rows), weight, y, scale, c)
-        sums = path.segment_sum(logprob, ids, num_segments)
-    return total, scattered(logprob, entropy, sums, rows, len(hidden))
-
-
-def gathered(hidden: Tensor, rows: Tensor) -> Tensor:
-    """[T, D] -> [N, D]: one copy of the owned rows, and none where all are owned."""
-    return hidden if len(rows) == len(hidden) else hidden.index_select(0, rows)
-
-
-def scattered(logprob: Tensor, entropy: Tensor, sums: Tensor, rows: Tensor, T: int) -> SegmentLogprobs:
-    """[N] -> [T], zeros where nobody owns the token."""
-    zeros = logprob.new_zeros(T)
+    path = select_path(backend, hidden)
+    owned = hidden if len(rows) == len(hidden) else hidden.index_select(0, rows)  # [N, D]
+    with torch.cuda.device_of(hidden):  # Triton launches on the current device
+        logprob, entropy = path.LogprobEntropy.apply(owned, weight, y, scale)  # [N], [N]
+        sums = path.segment_sum(logprob, ids, num_segments)  # [S]
+    zeros = logprob.new_zeros(len(hidden))  # [T]
     return SegmentLogprobs(zeros.index_copy(0, rows, logprob), zeros.index_copy(0, rows, entropy), sums)
 
 
-def chosen(backend: str, hidden: Tensor):
-    """The module that computes. Triton is imported on first use: a machine without it never needs it."""
-    if backend == "chunked" or backend == "auto" and not hidden.is_cuda:
+def select_path(backend: str, hidden: Tensor) -> ModuleType:
+    """The module that computes. Imports Triton on first use only, so that CPU machines do not need it."""
+    capability = torch.cuda.get_device_capability(hidden.device) if hidden.is_cuda else (0, 0)
+    if backend == "chunked" or backend == "auto" and capability < (8, 0):
         return chunked
     from . import segment_logprob
-    if not hidden.is_cuda and not segment_logprob.INTERPRET:
-        raise bad("backend", backend, f"hidden on CUDA, not on {hidden.device}, or TRITON_INTERPRET=1")
+    if not segment_logprob.INTERPRET and capability < (8, 0):
+        found = "compute capability {}.{}".format(*capability) if hidden.is_cuda else hidden.device
+        raise bad("backend", backend, f"hidden on CUDA from compute capability 8.0 on, not on {found}; or "
+                                      "TRITON_INTERPRET=1")
     return segment_logprob
-
-
-def per_row(value, hidden: Tensor) -> bool:
-    return (isinstance(value, Tensor) and value.is_floating_point() and value.device == hidden.device
-            and value.shape == hidden.shape[:1])
 
 
 def bad(name: str, value, expected: str) -> ValueError:
@@ -102,14 +65,14 @@ def bad(name: str, value, expected: str) -> ValueError:
 
 
 def check_shapes(hidden, weight, targets, segment, num_segments, temperature, backend) -> None:
-    """Everything that can be told without looking at the numbers."""
+    """Checks everything that does not depend on the numbers."""
     for name, value, dims in (("hidden", hidden, "[T, D]"), ("weight", weight, "[V, D]"),
                               ("targets", targets, "[T]"), ("segment", segment, "[T]")):
         rank, dtypes = (2, FLOATS) if "D" in dims else (1, INTEGERS)
         if not isinstance(value, Tensor) or value.dim() != rank or value.dtype not in dtypes:
             raise bad(name, value, f"{dims} of {', '.join(map(str, dtypes))}")
         if value.device != hidden.device:
-            raise bad(name, value, f"{dims} on {hidden.device}, where hidden is")
+            raise bad(name, value, f"{dims} on {hidden.device}, the device of hidden")
         if rank == 2 and value.stride(1) != 1 and value.shape[1] > 1:  # TMA and BLAS read rows, not columns
             raise bad(name, value, f"{dims} with a contiguous last dimension, not strides {value.stride()}")
     (T, D), V = hidden.shape, weight.shape[0]
@@ -121,7 +84,8 @@ def check_shapes(hidden, weight, targets, segment, num_segments, temperature, ba
     if num_segments is not None and not (type(num_segments) is int and num_segments >= 0):
         raise bad("num_segments", num_segments, "a whole number >= 0, or None")
     if isinstance(temperature, Tensor):
-        if not per_row(temperature, hidden):
+        if not (temperature.is_floating_point() and temperature.device == hidden.device
+                and temperature.shape == (T,)):
             raise bad("temperature", temperature, f"a number, or floats [{T}] on {hidden.device}")
     elif not (isinstance(temperature, (int, float)) and 0 < temperature < math.inf):
         raise bad("temperature", temperature, "a finite number > 0, or one for each row")
@@ -131,24 +95,25 @@ def check_shapes(hidden, weight, targets, segment, num_segments, temperature, ba
 
 def owned_rows(weight, targets, segment, num_segments, temperature):
     """Indices of the owned rows, their targets, segment ids and 1 / temperature, all [N]; and S. Checks the
-    numbers: on CUDA it waits for the device twice (N, then all verdicts at once), and the second time the
-    queue is empty."""
-    rows = (segment >= 0).nonzero()[:, 0]  # [N] ascending, so a pack without gaps is read in order
+    numbers. On CUDA it waits for the device twice: for N, and for all checks at once."""
+    V = len(weight)
+    rows = (segment >= 0).nonzero()[:, 0]  # [N] ascending, so a fully owned pack is read in order
     y, ids = targets[rows].long(), segment[rows].long()  # [N], [N]
     if num_segments is None:
         num_segments = int(ids.max()) + 1 if len(ids) else 0
     if isinstance(temperature, Tensor):
-        heat = temperature.detach()[rows].float()  # [N]
+        divisor = temperature.detach()[rows].float()  # [N]
     else:  # a tensor from here on: a Python float would reach the kernels as fp64
-        heat = torch.full_like(y, temperature, dtype=torch.float32)  # [N]
-    rules = (("segment", segment, segment < -1, "-1 (not owned) or a segment id >= 0"),
-             ("segment", segment, ids >= num_segments, f"ids below num_segments = {num_segments}"),
-             ("targets", targets, (y < 0) | (y >= len(weight)), f"ids in 0..{len(weight) - 1} on owned rows"),
-             ("temperature", temperature, ~((heat > 0) & heat.isfinite()), "finite floats > 0 on owned rows"))
-    verdicts = torch.stack([wrong.any() for _, _, wrong, _ in rules]).tolist()
-    for (name, value, wrong, expected), refused in zip(rules, verdicts):
-        if refused:  # the first offender, so that the caller can find it
+        divisor = torch.full_like(y, temperature, dtype=torch.float32)  # [N]
+    checks = (("segment", segment, segment < -1, "-1 (not owned) or a segment id >= 0"),
+              ("segment", segment, ids >= num_segments, f"ids below num_segments = {num_segments}"),
+              ("targets", targets, (y < 0) | (y >= V), f"ids in 0..{V - 1} on owned rows"),
+              ("temperature", temperature, ~((divisor > 0) & divisor.isfinite()),
+               "finite floats > 0 on owned rows"))
+    failed = torch.stack([wrong.any() for _, _, wrong, _ in checks]).tolist()
+    for (name, value, wrong, expected), fails in zip(checks, failed):
+        if fails:
             at = int(wrong.nonzero()[0])
-            at = at if len(wrong) == len(segment) else int(rows[at])
+            at = at if len(wrong) == len(segment) else int(rows[at])  # `wrong` is [T] or [N]
             raise bad(name, value, f"{expected}, not {value[at].item()} in row {at}")
-    return rows, y, ids, heat.reciprocal(), num_segments
+    return rows, y, ids, divisor.reciprocal(), num_segments

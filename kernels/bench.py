@@ -1,7 +1,8 @@
-"""python kernels/bench.py: is it right, how fast is it, how much memory does it take, and against whom.
+"""python kernels/bench.py: errors, time and memory of the log-prob kernels.
 
-On CUDA the Triton path meets every peer that is installed; elsewhere the chunked path meets its own products.
-Adds a dated section to kernels/RESULTS.md. T tokens, N owned tokens, D width, V vocabulary."""
+On CUDA it compares the Triton path with every installed peer; on a CPU it compares the chunked path with its
+matrix products alone. Adds a dated section to kernels/RESULTS.md. T tokens, N owned tokens, D width, V
+vocabulary."""
 
 import datetime
 import gc
@@ -23,12 +24,12 @@ from torch.utils.checkpoint import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from kernels import chunked, segment_logprobs, weighted_logprob  # noqa: E402
+from kernels import chunked, segment_logprobs  # noqa: E402
 
 RESULTS = ROOT / "kernels/RESULTS.md"
 VOCABULARY = 151936  # Qwen2.5 up to 3B
-UNPROVEN = "**No GPU has run these kernels yet.**\n\n"  # stands in RESULTS.md until this file has run on one
-SECONDS = 1.0  # for each time on a GPU: between 3 and 20 runs, of which the median counts
+UNPROVEN = "**No GPU has run these kernels yet.**\n\n"  # in RESULTS.md until this bench has run on one
+SECONDS = 1.0  # for each time on a GPU: the median of 3 to 20 runs
 
 
 # ---- peers: (hidden [N, D], weight [V, D], targets [N]) -> log-probs [N]
@@ -39,7 +40,7 @@ def naive(h, w, y):
 
 
 def compiled():
-    """What PyTorch gives without a kernel: chunks of rows, recomputed in the backward, torch.compile."""
+    """PyTorch without a kernel: chunks of rows, recomputed in the backward, compiled."""
     chunk = torch.compile(naive)
     return lambda h, w, y: torch.cat([checkpoint(chunk, part, w, ids, use_reentrant=False)
                                       for part, ids in zip(h.split(2048), y.split(2048))])
@@ -65,7 +66,7 @@ def cce(filter_eps):
 
 
 def verl():
-    """Only verl's kernel, not the ray that its package imports: its parents become empty modules."""
+    """verl's kernel without the packages that verl imports: its parents become empty modules."""
     spec = importlib.util.find_spec("verl")
     if spec is None:
         raise ModuleNotFoundError("No module named 'verl'")
@@ -93,7 +94,7 @@ def available() -> tuple[dict, list[str]]:
     for name, load in PEERS.items():
         try:
             found[name] = load()
-        except Exception as error:  # a peer may fail in any way it likes
+        except Exception as error:  # a peer may fail in any way
             absent.append(f"- {name}: absent ({short(error)})")
     return found, absent
 
@@ -102,8 +103,8 @@ def available() -> tuple[dict, list[str]]:
 
 
 def problem(T, D, V, masked=0.0, peaked=False, device="cpu", dtype=torch.float32):
-    """hidden, weight, targets, segment. Packs of 512 tokens: the masked share first, as a prompt, then
-    segments of 64. peaked: each target has a probability near 0.7, as in a trained model; else near 1 / V."""
+    """hidden, weight, targets, segment. Packs of 512 tokens: first the masked share, as a prompt, then
+    segments of 64. peaked: targets have probabilities near 0.7, as in a trained model; else near 1 / V."""
     rng = torch.Generator(device).manual_seed(0)
     weight = torch.randn(V, D, generator=rng, device=device) / D**0.5
     hidden = torch.randn(T, D, generator=rng, device=device)
@@ -118,7 +119,7 @@ def problem(T, D, V, masked=0.0, peaked=False, device="cpu", dtype=torch.float32
 
 @torch.no_grad()
 def truth(h, w, y, g):
-    """In float64: log-probs of the first 256 rows, their gradients, the gradient of 64 rows of the weight."""
+    """In float64: log-probs and gradients of the first 256 rows, gradients of 64 rows of the weight."""
     some = torch.linspace(0, len(w) - 1, 64, device=h.device).long()
     some[:32] = y[:32]  # half of them are targets
     wide, dw = w.double(), torch.zeros(64, h.shape[1], dtype=torch.float64, device=h.device)
@@ -134,7 +135,7 @@ def truth(h, w, y, g):
 
 
 def errors(run, h, w, y, g, want) -> list[str]:
-    """Largest error of the log-probs in nats, of dH and of dW as a share of their largest entry."""
+    """Largest errors: of the log-probs in nats, of dH and of dW relative to their largest entry."""
     logp = run(h, w, y)
     dh, dw = torch.autograd.grad(logp, (h, w), g)
     *true, some = want
@@ -160,7 +161,7 @@ def short(error: Exception) -> str:
 
 
 def attempt(run, *cells) -> str:
-    """A row with what run() returns, or why it failed: a peer that needs 40 GB must not end the bench."""
+    """A row with what run() returns, or its error: a peer that needs 40 GB must not end the bench."""
     try:
         return row(*cells, *run())
     except Exception as error:
@@ -172,10 +173,10 @@ def attempt(run, *cells) -> str:
 
 
 def gpu_time(run) -> float:
-    """Median milliseconds, each run with a cold L2."""
+    """Median milliseconds, with a cold L2 in each run."""
     flush, times = torch.empty(256 << 20, dtype=torch.int8, device="cuda"), []
     while len(times) < 3 or (sum(times) < 1000 * SECONDS and len(times) < 20):
-        flush.zero_()  # in training other layers have filled the L2 in between
+        flush.zero_()  # in training, other layers fill the L2 between two calls
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         run()
@@ -186,13 +187,13 @@ def gpu_time(run) -> float:
 
 
 def gpu_measure(forward, h, w, g, operations, ceiling) -> list[str]:
-    """forward() -> what g is the gradient of. Milliseconds forward and with backward, TFLOP/s, share of the
-    ceiling, peak MB beyond inputs and gradients."""
+    """Milliseconds of the forward and with the backward, TFLOP/s, share of the ceiling, peak MB above inputs
+    and gradients. g is the gradient of what forward() returns."""
     def both():
         h.grad = w.grad = None
         forward().backward(g)
 
-    for _ in range(2):  # compiles, and fills the allocator
+    for _ in range(2):  # compiles and fills the allocator
         both()
     h.grad = w.grad = None
     torch.cuda.reset_peak_memory_stats()
@@ -208,7 +209,7 @@ def gpu_measure(forward, h, w, g, operations, ceiling) -> list[str]:
 
 @torch.no_grad()
 def products(h, w, rows, columns) -> None:
-    """The four matrix products and nothing else, 8NVD operations, in chunks as large as the path's own."""
+    """The four matrix products alone, 8NVD operations, in the chunks of the path."""
     space = h.new_empty(min(rows, len(h)), min(columns, len(w)))
     dh, dw = torch.zeros_like(h), torch.zeros_like(w)
     for backward in (False, True):
@@ -224,13 +225,11 @@ def products(h, w, rows, columns) -> None:
 def gpu_case(T, D, masked, peaked, found) -> list[str]:
     h, w, y, segment = problem(T, D, VOCABULARY, masked, peaked, "cuda", torch.bfloat16)
     g, rows = torch.randn(T, device="cuda"), (segment >= 0).nonzero()[:, 0]
-    hc, yc, gc = h.detach()[rows].requires_grad_(), y[rows], g[rows]  # [N, D] peers get them for free
+    hc, yc, gc = h.detach()[rows].requires_grad_(), y[rows], g[rows]  # [N, D]: peers do not pay for this copy
     operations = 8 * len(rows) * VOCABULARY * D
     ceiling = gpu_time(lambda: products(hc, w, len(hc), 8448))  # the chunk that the kernels use at N = 16k
     cells = "peaked" if peaked else "random", D, T, masked
-    one = torch.ones((), device="cuda")
-    runs = {"SEAR": (lambda: segment_logprobs(h, w, y, segment).logprob, h, w, g),
-            "SEAR, one pass": (lambda: weighted_logprob(h, w, y, segment, g)[0], h, w, one)}
+    runs = {"SEAR": (lambda: segment_logprobs(h, w, y, segment).logprob, h, w, g)}
     runs |= {name: (partial(run, hc, w, yc), hc, w, gc) for name, run in found.items()}
     speed = f"{operations / ceiling / 1e9:.0f}"
     bare = row(*cells, "products alone", "", f"{ceiling:.1f}", speed, "1.00", "")
@@ -242,12 +241,7 @@ def gpu_correct(D, peaked, found) -> list[str]:
     h, w, y, segment = problem(2048, D, VOCABULARY, 0.0, peaked, "cuda", torch.bfloat16)
     g = torch.randn(2048, device="cuda")
     want = truth(h, w, y, g)
-
-    def one_pass(h, w, y):  # log-probs that have the sum's gradient, since their own is not made
-        total, out = weighted_logprob(h, w, y, segment, g)
-        return out.logprob + (total - total.detach()) / g.sum()
-
-    runs = {"SEAR": lambda h, w, y: segment_logprobs(h, w, y, segment).logprob, "SEAR, one pass": one_pass}
+    runs = {"SEAR": lambda h, w, y: segment_logprobs(h, w, y, segment).logprob}
     return [attempt(partial(errors, run, h, w, y, g, want), "peaked" if peaked else "random", D, name)
             for name, run in (runs | found).items()]
 
@@ -261,7 +255,7 @@ def gpu_bits() -> str:
         total = (out.logprob * mixed).sum() + out.segment_logprob.tanh().sum()
         return [out.logprob, out.segment_logprob, *torch.autograd.grad(total, (h, w))]
 
-    first = run()  # a race or an atomic would show as a bit that differs now and then
+    first = run()  # a race or an atomic would change a bit now and then
     equal = sum(all(map(torch.equal, first, run())) for _ in range(19))
     return f"Of 19 further runs, {equal} gave the bits of the first: log-probs, segment sums, dH and dW."
 
@@ -282,8 +276,8 @@ def gpu_report() -> list[str]:
     for D in (1536, 3584):
         for peaked in (False, True):
             lines += gpu_correct(D, peaked, found)
-    lines += ["", "Peers get the owned rows gathered for free. TFLOP/s: 8NVD operations, N owned tokens.",
-              "Share: time of the products alone over time of all. Extra: peak MB over inputs and gradients.",
+    lines += ["", "The time of peers excludes gathering the owned rows. TFLOP/s: 8NVD operations.",
+              "Share: time of the products alone over the time. Extra: peak MB above inputs and gradients.",
               *head("data", "D", "T", "masked", "provider", "forward ms", "ms", "TFLOP/s", "share", "extra")]
     for D in (1536, 3584):
         for T in (4096, 16384, 65536):
@@ -298,17 +292,16 @@ def gpu_report() -> list[str]:
 
 
 def cpu_times(T, V, D, runs) -> str:
-    """Median milliseconds, interleaved so that a noisy neighbour meets all alike."""
+    """Median milliseconds, interleaved so that other work on the machine slows all alike."""
     h, w, y, segment = problem(T, D, V)
-    rows, one = chunked.chunks(T, V)[0].stop, torch.ones(T)
+    rows = chunked.chunks(T, V)[0].stop
     ways = [lambda: products(h, w, rows, V),
             lambda: segment_logprobs(h, w, y, segment).logprob.sum().backward(),
-            lambda: weighted_logprob(h, w, y, segment, one)[0].backward(),
             lambda: segment_logprobs(h, w, y, segment, backend="reference").logprob.sum().backward()]
     times = [[] for _ in ways]
     for _ in range(runs):
         for run, spent in zip(ways, times):
-            h.grad = w.grad = None  # adding to a gradient would be timed too
+            h.grad = w.grad = None  # else adding to a gradient is timed too
             start = time.perf_counter()
             run()
             spent.append(1000 * (time.perf_counter() - start))
@@ -317,13 +310,13 @@ def cpu_times(T, V, D, runs) -> str:
 
 
 def cpu_memory(T, V, D) -> str:
-    """How far the resident memory of this process rises during forward and backward (Linux only)."""
+    """Rise of this process's resident memory during forward and backward (Linux only)."""
     def status(name):
         return int(Path("/proc/self/status").read_text().split(name)[1].split()[0]) / 1024
 
     h, w, y, segment = problem(T, D, V)
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before = status("VmRSS:")
     segment_logprobs(h, w, y, segment).logprob.sum().backward()
     peak, gradients = status("VmHWM:") - before, (h.nbytes + w.nbytes) / 2**20
@@ -336,14 +329,14 @@ def cpu_report() -> list[str]:
     gaps = errors(lambda h, w, y: segment_logprobs(h, w, y, segment).logprob, h, w, y, g, truth(h, w, y, g))
     lines = ["The chunked path in fp32. Errors against float64 at T = 300, V = 5003, dH and dW over their",
              "largest entry: log-probs {} nats, dH {}, dW {}.".format(*gaps), "",
-             "Forward and backward in ms, and over the products alone (8NVD; one pass needs 6NVD of them):",
-             *head("T", "V", "D", "products alone", "chunked", "one pass", "definition, holds [T, V]")]
+             "Forward and backward in ms, and relative to the products alone (8NVD):",
+             *head("T", "V", "D", "products alone", "chunked", "definition, holds [T, V]")]
     for shape in ((512, VOCABULARY, 896, 5), (2048, 32000, 512, 9), (10000, 350, 96, 60)):
         lines.append(cpu_times(*shape))
     lines += ["", "Peak resident memory in MB, forward and backward, above the inputs:",
               *head("T", "V", "D", "peak", "gradients", "rest", "[T, V] alone would be")]
     for V in (50257, VOCABULARY):
-        for T in (512, 2048, 8192):  # each in a process of its own: freed memory may stay resident
+        for T in (512, 2048, 8192):  # in separate processes: freed memory may stay resident
             with ProcessPoolExecutor(1, get_context("spawn")) as pool:
                 lines.append(pool.submit(cpu_memory, T, V, 64).result())
     return lines
@@ -356,7 +349,7 @@ def main() -> None:
     versions = f"torch {torch.__version__}, triton {triton}, Python {platform.python_version()}"
     title = f"## {datetime.date.today()}: {name}; {versions}"
     text = "\n".join(["", title, "", *(gpu_report() if cuda else cpu_report()), ""])
-    before = RESULTS.read_text()  # sections are only ever added
+    before = RESULTS.read_text()
     RESULTS.write_text((before.replace(UNPROVEN, "") if cuda else before) + text)
     print(text)
 

@@ -1,4 +1,4 @@
-"""The definition: what every other path must equal. T tokens, N owned tokens, D width, V vocabulary, S
+"""The definition: every other path must equal it. T tokens, N owned tokens, D width, V vocabulary, S
 segments."""
 
 from typing import NamedTuple
@@ -16,12 +16,12 @@ class SegmentLogprobs(NamedTuple):
 def segment_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, segment: Tensor, num_segments: int,
                      temperature: float | Tensor) -> SegmentLogprobs:
     """hidden [T, D], weight [V, D], targets [T], segment [T] (-1: not owned), temperature a number or [T].
-    Holds [N, V] several times over and checks nothing: for tests, and for reading. Computes in fp32, or in
-    fp64 on fp64."""
-    wide = torch.promote_types(hidden.dtype, torch.float32)  # 16-bit logits would ruin importance ratios
-    rows = (segment >= 0).nonzero()[:, 0]  # [N] unowned rows enter nothing, so garbage there can do no harm
-    heat = torch.as_tensor(temperature, dtype=wide, device=hidden.device).expand(len(hidden))  # [T]
-    logits = hidden[rows].to(wide) @ weight.to(hidden.dtype).to(wide).T / heat[rows, None]  # [N, V]
+    For tests and for reading: it stores [N, V] several times and checks nothing. Computes in fp32, or in fp64
+    for fp64 inputs."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)  # 16-bit logits would ruin importance ratios
+    rows = (segment >= 0).nonzero()[:, 0]  # [N] unowned rows are never read, so they may hold anything
+    temperature = torch.as_tensor(temperature, dtype=dtype, device=hidden.device).expand(len(hidden))  # [T]
+    logits = hidden[rows].to(dtype) @ weight.to(hidden.dtype).to(dtype).T / temperature[rows, None]  # [N, V]
     logprobs = logits.log_softmax(-1)  # [N, V]
     logprob = logprobs.gather(1, targets[rows, None].long())[:, 0]  # [N]
     entropy = -(logprobs.exp() * logprobs).sum(-1)  # [N]

@@ -7,15 +7,36 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-torch.set_num_threads(1)  # tiny tensors: a second thread mostly waits, on a busy machine for long
+torch.set_num_threads(1)  # tiny tensors: a second thread mostly waits
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """Folder, tokenizer and random model of the embedded world."""
-    import alchemy
-    from data import Tokenizer
+    from alchemy.demonstrations import write_folder
+    from lib.tokenizer import Tokenizer
     from model import Transformer
     folder = tmp_path_factory.mktemp("world")
-    alchemy.write_folder(folder)
+    write_folder(folder)
     return folder, Tokenizer.from_pretrained(folder), Transformer.from_scratch(folder, seed=5)
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory):
+    """Folder of a start model after 20 supervised steps: a third of its rollouts have an answer, while a
+    random model's have none, so that all advantages would be 0."""
+    import warmstart
+    from alchemy.demonstrations import demonstrations, write_folder
+    from lib.tokenizer import Tokenizer
+    from model import Transformer
+    folder = tmp_path_factory.mktemp("start")
+    write_folder(folder)
+    tokenizer, model = Tokenizer.from_pretrained(folder), Transformer.from_scratch(folder, seed=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(20):
+        optimizer.zero_grad()
+        warmstart.imitate(model, *demonstrations(4, tokenizer, 1, step))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    model.save_pretrained(folder)
+    return folder

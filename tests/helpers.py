@@ -1,4 +1,4 @@
-"""What several test files need."""
+"""Helpers that several test files share."""
 import json
 import os
 import subprocess
@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import rollout
-
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import rollout  # noqa: E402
+from model import Transformer, parse_config  # noqa: E402
+
 FIXTURES = ROOT / "tests" / "fixtures"
 FOLDERS = ("tiny-qwen2", "tiny-qwen3", "tiny-llama3")
 
@@ -22,75 +23,67 @@ def golden(name):
 
 
 def made_rollouts(tokenizer, prompts, texts, stop_id, G, in_answer=False, logprob=-1.0):
-    """Rollouts with the given texts ('$' at the end stands for the stop token), as the sampler would lay them
-    out."""
+    """Rollouts with these texts, laid out as the sampler does. '$' at the end of a text is the stop token."""
     rows = [tokenizer.encode(t.removesuffix("$"), special=True) + [stop_id] * t.endswith("$") for t in texts]
     N = max(map(len, rows))
-    out = torch.tensor([r + [0] * (N - len(r)) for r in rows])
+    out = torch.tensor([r + [0] * (N - len(r)) for r in rows])  # [B, N]
     length = torch.tensor([len(r) for r in rows])
     sampled = (out, torch.full(out.shape, logprob), length, 0)
     return rollout.assemble(sampled, prompts, 0, [""] * len(prompts), in_answer, G, tokenizer, [stop_id])
 
 
-def write_random_folder(
-    folder, vocab, hidden, layers, heads, kv_heads, intermediate, tied=True, dtype=torch.bfloat16
-):
-    """A Qwen2-shaped Hugging Face folder of random weights with tiny-qwen2's tokenizer; written weight by
-    weight."""
-    folder = Path(folder)
+def write_random_folder(folder, vocab, hidden, layers, heads, kv_heads, intermediate, tied=True,
+                        dtype=torch.bfloat16):
+    """Writes a Hugging Face folder of random weights in Qwen2's shape, with tiny-qwen2's tokenizer."""
+    folder, source = Path(folder), FIXTURES / "tiny-qwen2"
     folder.mkdir(parents=True, exist_ok=True)
-    source = FIXTURES / "tiny-qwen2"
     config = json.loads((source / "config.json").read_text())
     config |= dict(vocab_size=vocab, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
                    num_key_value_heads=kv_heads, intermediate_size=intermediate, tie_word_embeddings=tied)
     (folder / "config.json").write_text(json.dumps(config))
     for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((source / name).read_bytes())
-    from model import Transformer, read_configs
     with torch.device("meta"):
-        shapes = {n: p.shape for n, p in Transformer(*read_configs(folder)).named_parameters()}
+        shapes = {n: p.shape for n, p in Transformer(parse_config(config)).named_parameters()}
     generator = torch.Generator().manual_seed(0)
     save_file({n: (torch.randn(s, generator=generator) * 0.02 + n.endswith("norm.weight")).to(dtype)
                for n, s in shapes.items()}, folder / "model.safetensors", metadata={"format": "pt"})
     return config
 
 
-def run_sear(*arguments, **kw):
-    """sear.py in a process of its own, one thread, no progress bar's escape codes in the way."""
-    return subprocess.run(
-        [sys.executable, str(ROOT / "sear.py"), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=150,
-        **kw,
-    )
+def run_sear(*flags, before="", **options):
+    """sear.py in its own process, with one thread. `before`: Python code that runs first, for example
+    "import warmstart; warmstart.STEPS = 12"."""
+    code = f"{before}\nimport sear, sys\nsys.exit(sear.main(sys.argv[1:]))"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-c", code, *map(str, flags)], capture_output=True, text=True,
+                          timeout=150, env=environment, **options)
 
 
-# ---- what a rank holds and sends: the README's section 6 ---------------------------------------------------
+# ---- what a rank holds and sends -------------------------------------------------------------------------
 
 QWEN = {  # width, layers, heads, key heads, inner width, vocabulary, tied
     "1.5B": (1536, 28, 12, 2, 8960, 151_936, True),
     "7B": (3584, 28, 28, 4, 18_944, 152_064, False),
-    "32B": (5120, 64, 40, 8, 27_648, 152_064, False),
-}
+    "32B": (5120, 64, 40, 8, 27_648, 152_064, False)}
 
 
 def replicated(P, N):
-    """Bytes that a GPU holds, bytes that it sends in a step."""
+    """Bytes that a GPU holds and that it sends in a step: P parameters on N ranks."""
     return 22 * P, (N - 1) / N * 8 * P
 
 
 def sharded(B, R, H, L, N, M, cast=2):
-    """The same with sharded parameters: B in blocks, R in the root group, H of those in the head."""
+    """The same with sharded parameters: B in the L blocks, R in the root group, H of those in the head; M
+    micro-batches; cast: bytes of the compute type."""
     holds = 20 * (B + R) / N + max(cast * B + 4 * R + 2 * H, 12 * R + (8 + cast) * B / L)
     return holds, (N - 1) / N * (cast * B + 8 * R + M * (3 * cast * B + 4 * R + 4 * (B + R)))
 
 
 def ranks_table():
     """Markdown: GB held and GB sent in a step of two micro-batches, for three models on 1, 8 and 64 GPUs."""
-    from model import Transformer, parse_config
-    lines = ["| model | GPUs | held, replicated | held, sharded | sent, replicated | sent, sharded |", "|" + "---|" * 6]
+    lines = ["| model | GPUs | held, replicated | held, sharded | sent, replicated | sent, sharded |",
+             "|" + "---|" * 6]
     for name, (D, L, heads, kv_heads, inner, V, tied) in QWEN.items():
         raw = dict(architectures=["Qwen2ForCausalLM"], hidden_size=D, num_hidden_layers=L, vocab_size=V,
                    num_attention_heads=heads, num_key_value_heads=kv_heads, intermediate_size=inner,
@@ -105,5 +98,5 @@ def ranks_table():
     return "\n".join(lines)
 
 
-if __name__ == "__main__":  # python tests/helpers.py FOLDER: the shape of Qwen2.5-0.5B, for the README's measurement
+if __name__ == "__main__":  # python tests/helpers.py FOLDER: random weights in the shape of Qwen2.5-0.5B
     write_random_folder(sys.argv[1], 151_936, 896, 24, 14, 2, 4864)

@@ -1,432 +1,78 @@
-"""data.py: ids, decoded text and prompts as transformers makes them; one clear sentence for each bad file."""
+"""lib/data.py: a prompt file is read right or refused in one clear sentence, and no label is guessed."""
+import csv
+import io
 import json
+import random
 import re
-import shutil
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
-import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from data import InputError, Prompt, Tokenizer, load_prompts
+from lib.data import InputError, Prompt, describe, load_prompts
 
 ROOT = Path(__file__).parents[1]
 FIXTURES = ROOT / "tests" / "fixtures"
-FOLDERS = ("tiny-qwen2", "tiny-qwen3", "tiny-llama3", "tiny-reward")
-SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-         r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+REAL = ROOT.parent / "shared" / "data" / "xstest_prompts.csv"
 
 
-def golden(name):
-    return json.loads((FIXTURES / name / "golden.json").read_text("utf-8"))
-
-
-def byte_char(byte):
-    """The character that stands for a byte in tokenizer.json, by its definition: not by data.py's table."""
-    prints = [b for b in range(256) if chr(b).isprintable() and not chr(b).isspace() and b != 0xAD]
-    return chr(byte) if byte in prints else chr(256 + [b for b in range(256) if b not in prints].index(byte))
-
-
-def spelled(text):
-    return "".join(map(byte_char, text.encode()))
-
-
-def added(content, index, **flags):
-    return {"id": index, "content": content, "single_word": False, "lstrip": False, "rstrip": False,
-            "normalized": False, "special": True, **flags}
-
-
-def make(folder, words, pairs, start=0, added_tokens=(), regex=SPLIT, normalizer=None, **model):
-    """A folder with the 256 bytes as ids start.., then the words; the merges are pairs of plain text."""
-    vocab = {byte_char(byte): start + byte for byte in range(256)}
-    vocab |= {spelled(word): start + 256 + n for n, word in enumerate(words)}
-    spec = {
-        "added_tokens": list(added_tokens), "normalizer": normalizer,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-            {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False},
-            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}]},
-        "decoder": {"type": "ByteLevel"},
-        "model": {"type": "BPE", "ignore_merges": False, "vocab": vocab,
-                  "merges": [[spelled(left), spelled(right)] for left, right in pairs], **model}}
-    folder.mkdir(exist_ok=True)
-    (folder / "tokenizer.json").write_text(json.dumps(spec), "utf-8")
-    return folder
-
-
-def edited(tmp_path, change, name="tiny-qwen3", file="tokenizer.json"):
-    """A copy of a fixture's tokenizer with one of its JSON files changed in place."""
-    folder = tmp_path / "edited"
-    folder.mkdir(exist_ok=True)
-    for part in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        if (FIXTURES / name / part).exists():
-            shutil.copyfile(FIXTURES / name / part, folder / part)
-    spec = json.loads((folder / file).read_text("utf-8"))
-    change(spec)
-    (folder / file).write_text(json.dumps(spec), "utf-8")
-    return folder
-
-
-def refusal(call, *arguments):
-    """The message of the InputError that a call must raise: one line, so one sentence."""
-    with pytest.raises(InputError) as caught:
-        call(*arguments)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def refused(tmp_path, change, *parts, name="tiny-qwen3", file="tokenizer.json"):
-    message = refusal(Tokenizer.from_pretrained, edited(tmp_path, change, name, file))
-    for part in (file, *parts):
-        assert part in message, message
-
-
-# ---------------------------------------------------------------------------------- golden values
-@pytest.mark.parametrize("name", FOLDERS)
-def test_encode_agrees_with_transformers(name):
-    tokenizer = Tokenizer.from_pretrained(FIXTURES / name)
-    for case in golden(name)["encode"]:
-        assert tokenizer.encode(case["text"]) == case["ids"], case["text"]
-        assert tokenizer.encode(case["text"], special=True) == case["special_ids"], case["text"]
-
-
-@pytest.mark.parametrize("name", FOLDERS)
-def test_decode_agrees_with_transformers(name):
-    tokenizer = Tokenizer.from_pretrained(FIXTURES / name)
-    for case in golden(name)["decode"]:
-        assert tokenizer.decode(case["ids"]) == case["text"]
-        assert tokenizer.decode(case["ids"], skip_special=True) == case["text_skip_special"]
-    for case in golden(name).get("decode_unused", []):
-        assert tokenizer.decode(case["ids"]) == case["text"]
-
-
-@pytest.mark.parametrize("name", FOLDERS)
-def test_chat_agrees_with_transformers(name):
-    tokenizer, errors = Tokenizer.from_pretrained(FIXTURES / name), 0
-    for case in golden(name)["chat"]:
-        messages, variables = case["messages"], case["kwargs"]
-        if "error" in case:
-            errors += 1
-            message = refusal(tokenizer.chat, messages)
-            assert name in message and case["error"].removeprefix("TemplateError: ") in message
-            continue
-        prompt = tokenizer.chat(messages, **variables)
-        assert tokenizer.chat(messages, generation_prompt=False, **variables) == case["prompt"]
-        assert prompt == case["prompt_gen"]
-        assert tokenizer.encode(prompt, special=True) == case["ids_gen"]
-    assert errors == {"tiny-qwen2": 1, "tiny-llama3": 1}.get(name, 0)
-
-
-@pytest.mark.parametrize("name", FOLDERS)
-def test_added_tokens_and_size(name):
-    tokenizer, expected = Tokenizer.from_pretrained(FIXTURES / name), golden(name)
-    assert tokenizer.added == {content: index for content, (index, _) in expected["added_tokens"].items()}
-    assert tokenizer.n_tokens == expected["tokens"]
-    for content, (index, special) in expected["added_tokens"].items():
-        assert tokenizer.token_bytes(index) == content.encode()
-        assert tokenizer.decode([index], skip_special=True) == ("" if special else content)
-
-
-# ---------------------------------------------------------------------------------- tokenizer
-@pytest.mark.parametrize("name", FOLDERS[:3])
-def test_token_bytes_add_up_to_the_text(name):
-    tokenizer = Tokenizer.from_pretrained(FIXTURES / name)
-    for case in golden(name)["decode"]:
-        whole = b"".join(tokenizer.token_bytes(index) for index in case["ids"])
-        assert whole.decode("utf-8", "replace") == case["text"]
-    rare = tokenizer.encode("𓀀")
-    assert len(rare) > 1 and b"".join(map(tokenizer.token_bytes, rare)) == "𓀀".encode()
-    assert tokenizer.token_bytes(tokenizer.n_tokens) == b""
-
-
-def test_ids_may_come_as_a_tensor():
-    tokenizer = Tokenizer.from_pretrained(FIXTURES / "tiny-qwen3")
-    ids = torch.tensor(tokenizer.encode("Hi<|im_end|>", special=True))
-    assert tokenizer.decode(ids) == "Hi<|im_end|>" and tokenizer.decode(ids, skip_special=True) == "Hi"
-    assert tokenizer.token_bytes(ids[-1]) == b"<|im_end|>"
-
-
-def test_words_without_merges_are_found_whole_and_spelled_otherwise(tmp_path):
-    # As transformers splits them, looked up once: of " salts" it merges " s", then "al", and is stuck.
-    merges = [(" ", "s"), ("a", "l"), ("a", "t")]
-    tokenizer = Tokenizer.from_pretrained(make(
-        tmp_path, [" s", "al", "at", " salt", " sulphur"], merges, ignore_merges=True,
-        added_tokens=[added("<think>", 261, special=False)]))
-    assert tokenizer.encode(" salt sulphur") == [259, 260]
-    assert tokenizer.encode(" salts") == [256, 257, ord("t"), ord("s")]
-    assert tokenizer.encode("x salt<think>", special=True) == [ord("x"), 259, 261]
-    assert tokenizer.encode("<think>") == list(b"<think>")
-    assert tokenizer.decode([259, 260, 300, 261]) == " salt sulphur<think>"
-
-
-def test_ids_may_start_after_the_special_tokens(tmp_path):
-    # As in Mistral's Tekken files, which list the special tokens in the vocabulary too.
-    folder = make(tmp_path, ["ab", "abc"], [("a", "b"), ("ab", "c")], start=3, ignore_merges=True,
-                  added_tokens=[added("<s>", 0), added("</s>", 1), added("[x]", 2)])
-    spec = json.loads((folder / "tokenizer.json").read_text("utf-8"))
-    spec["model"]["vocab"] |= {"<s>": 0, "</s>": 1, "[x]": 2}
-    (folder / "tokenizer.json").write_text(json.dumps(spec), "utf-8")
-    tokenizer = Tokenizer.from_pretrained(folder)
-    assert tokenizer.encode("abcab") == [260, 259] and tokenizer.n_tokens == 261
-    assert tokenizer.encode("<s>abc", special=True) == [0, 260]
-    assert tokenizer.encode("<s>") == [3 + byte for byte in b"<s>"]
-    assert tokenizer.decode([0, 260, 259]) == "<s>abcab"
-
-
-def test_text_between_the_matches_of_the_regex_is_kept(tmp_path):
-    folder = make(tmp_path, ["ab", "--"], [("a", "b"), ("-", "-")], regex="[a-z]+")
-    tokenizer = Tokenizer.from_pretrained(folder)
-    assert tokenizer.encode("ab--ab-") == [256, 257, 256, ord("-")]
-
-
-def test_merges_may_be_written_as_strings_or_pairs(tmp_path):
-    pairs = make(tmp_path / "pairs", ["ab", " ab"], [("a", "b"), (" ", "ab")])
-    strings = make(tmp_path / "strings", ["ab", " ab"], [("a", "b"), (" ", "ab")])
-    spec = json.loads((strings / "tokenizer.json").read_text("utf-8"))
-    spec["model"]["merges"] = [" ".join(pair) for pair in spec["model"]["merges"]]
-    (strings / "tokenizer.json").write_text(json.dumps(spec), "utf-8")
-    for folder in (pairs, strings):
-        assert Tokenizer.from_pretrained(folder).encode("ab ab") == [256, 257]
-
-
-def test_the_longest_added_token_wins_and_the_leftmost_first(tmp_path):
-    tokens = [added("<a>", 256), added("<a>b", 257), added("b<", 258), added("a>b<c", 259)]
-    tokenizer = Tokenizer.from_pretrained(make(tmp_path, [], [], added_tokens=tokens))
-    assert tokenizer.encode("<a>b<a>", special=True) == [257, 256]
-    assert tokenizer.encode("xb<a>", special=True) == [ord("x"), 258, *b"a>"]
-
-
-def test_added_tokens_are_cut_out_before_nfc_unless_normalized(tmp_path):
-    # The last character of <x> and a combining stroke compose, so after NFC the token would be gone.
-    composed = "≯"
-    tokens = [added("<x>", 256), added("e\u0301!", 257, normalized=True), added("öö", 258)]
-    folder = make(tmp_path, [], [], added_tokens=tokens, normalizer={"type": "NFC"})
-    tokenizer = Tokenizer.from_pretrained(folder)
-    assert tokenizer.encode("<x>\u0338", special=True) == [256, *"\u0338".encode()]
-    assert tokenizer.encode("<x>\u0338") == list(f"<x{composed}".encode())
-    assert tokenizer.encode("e\u0301!<x>é!", special=True) == [257, 256, 257]
-    assert tokenizer.encode("öo\u0308", special=True) == list("öö".encode())
-
-
-def test_without_a_normalizer_text_stays_as_it_is(tmp_path):
-    for normalizer in (None, {"type": "Sequence", "normalizers": []}):
-        tokenizer = Tokenizer.from_pretrained(make(tmp_path, [], [], normalizer=normalizer))
-        assert tokenizer.encode("e\u0301") == list("e\u0301".encode())
-    nfc = make(tmp_path, [], [], normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}]})
-    assert Tokenizer.from_pretrained(nfc).encode("e\u0301") == list("é".encode())
-
-
-def test_added_tokens_of_the_config_count_too(tmp_path):
-    decoder = {"2600": added("<new>", None, special=False), "1962": added("<|im_end|>", None)}
-    folder = edited(tmp_path, lambda config: config.update(added_tokens_decoder=decoder), "tiny-qwen2",
-                    "tokenizer_config.json")
-    tokenizer = Tokenizer.from_pretrained(folder)
-    assert tokenizer.encode("<new><|im_end|>", special=True) == [2600, 1962] and tokenizer.n_tokens == 2601
-
-
-@pytest.mark.parametrize("name", FOLDERS[:3])
-def test_a_saved_tokenizer_is_the_same_one(name, tmp_path):
-    source = tmp_path / "source"
-    shutil.copytree(FIXTURES / name, source, ignore=shutil.ignore_patterns("*.safetensors", "golden.json"))
-    tokenizer = Tokenizer.from_pretrained(source)
-    shutil.rmtree(source)  # a run saves long after it has read
-    tokenizer.save_pretrained(tmp_path / "a" / "b")
-    saved = {path.name for path in (tmp_path / "a" / "b").iterdir()}
-    assert saved == {path.name for path in (FIXTURES / name).iterdir()} & {
-        "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"}
-    for file in saved:
-        assert (tmp_path / "a" / "b" / file).read_bytes() == (FIXTURES / name / file).read_bytes()
-    case = golden(name)["chat"][0]
-    assert Tokenizer.from_pretrained(tmp_path / "a" / "b").chat(case["messages"]) == case["prompt_gen"]
-
-
-# -------------------------------------------------------------------------------- tokenizers that are refused
-def test_missing_and_broken_tokenizer_files(tmp_path):
-    assert "none/tokenizer.json should be a readable file, found: No such file" in refusal(
-        Tokenizer.from_pretrained, tmp_path / "none")
-    file = tmp_path / "tokenizer.json"
-    whole = (FIXTURES / "tiny-qwen3" / "tokenizer.json").read_bytes()
-    for data, line in ((b'{"model":\n {"type": "BPE"', 2), (whole[:5000], None), (b"", 1), (b"[1]", 1),
-                       (b"[" * 100_000, 1), (b'{"a": ' + b"9" * 5000 + b"}", 1)):
-        file.write_bytes(data)
-        assert re.search(rf"{file}(:{line}|:\d+) should be", refusal(Tokenizer.from_pretrained, tmp_path))
-    file.write_bytes(b'{\n\n"a": "\xff"}')
-    assert f"{file}:3 should be UTF-8, found the byte 0xff" in refusal(Tokenizer.from_pretrained, tmp_path)
-    file.write_bytes(whole)
-    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": \n', "utf-8")
-    assert f"{tmp_path}/tokenizer_config.json:2 should be a JSON object" in refusal(
-        Tokenizer.from_pretrained, tmp_path)
-
-
-@pytest.mark.parametrize("value", [None, 3, "x", [], [3], {"a": 3}, {"a": None}])
-@pytest.mark.parametrize("key", ["model", "added_tokens", "pre_tokenizer", "normalizer", "vocab", "merges"])
-def test_wrong_types_inside_are_one_sentence(tmp_path, key, value):
-    def change(spec):
-        (spec["model"] if key in ("vocab", "merges") else spec)[key] = value
-
-    folder = edited(tmp_path, change)
-    if key in ("added_tokens", "normalizer") and value in (None, []):
-        Tokenizer.from_pretrained(folder)  # as good as absent
-    else:
-        assert "tokenizer.json" in refusal(Tokenizer.from_pretrained, folder)
-
-
-@pytest.mark.parametrize("key, value", [("type", "WordPiece"), ("type", "Unigram"), ("byte_fallback", True),
-                                        ("dropout", 0.1), ("end_of_word_suffix", "</w>"),
-                                        ("continuing_subword_prefix", "##")])
-def test_models_that_tiktoken_cannot_express(tmp_path, key, value):
-    refused(tmp_path, lambda spec: spec["model"].update({key: value}), f"model.{key}", repr(value))
-
-
-def test_pre_tokenizers_that_tiktoken_cannot_express(tmp_path):
-    steps = [{"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated", "invert": False},
-             {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]
-    bad = [{"type": "Metaspace"}, {"type": "ByteLevel", "use_regex": True},
-           {"type": "Sequence", "pretokenizers": steps[:1]},
-           *({"type": "Sequence", "pretokenizers": [steps[0] | change, steps[1]]} for change in (
-               {"behavior": "Removed"}, {"invert": True}, {"pattern": {"String": " "}}, {"type": "Digits"},
-               {"pattern": {"Regex": "("}}, {"pattern": {"Regex": r"\w+"}})),
-           *({"type": "Sequence", "pretokenizers": [steps[0], steps[1] | change]} for change in (
-               {"use_regex": True}, {"add_prefix_space": True})),
-           {"type": "Sequence", "pretokenizers": [*steps, {"type": "Digits"}]}]
-    for n, pre_tokenizer in enumerate(bad):
-        (tmp_path / str(n)).mkdir()
-        part = {4: "'invert': True", 5: "{'String': ' '}", 7: "Parsing error", 8: r"\\w+"}.get(n, "found {")
-        refused(tmp_path / str(n), lambda spec: spec.update(pre_tokenizer=pre_tokenizer), part,
-                "laid out as transformers" if n == 7 else "pre_tokenizer should be")
-
-
-def test_other_normalizers_are_refused(tmp_path):
-    both = {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Prepend", "prepend": "_"}]}
-    for n, normalizer in enumerate([{"type": "Lowercase"}, {"type": "NFKC"}, both]):
-        (tmp_path / str(n)).mkdir()
-        refused(tmp_path / str(n), lambda spec: spec.update(normalizer=normalizer),
-                f"normalizer should be null or NFC, found {normalizer}")
-
-
-def test_a_vocabulary_with_holes_or_strangers_is_refused(tmp_path):
-    for n, (token, index, part) in enumerate([
-            ("▁the", 9999, "'▁the'"), ("", 9999, "byte-level"), ("zq", 300, "id 300"), ("zq", -1, "id -1"),
-            ("zq", "7", "TypeError"), ("<|im_end|>", 5, "the id of '<|im_end|>' should be 5, found 1962")]):
-        (tmp_path / str(n)).mkdir()
-        refused(tmp_path / str(n), lambda spec: spec["model"]["vocab"].update({token: index}), part)
-    (tmp_path / "hole").mkdir()
-    folder = make(tmp_path / "hole", [], [])
-    spec = json.loads((folder / "tokenizer.json").read_text("utf-8"))
-    del spec["model"]["vocab"][byte_char(0x0A)], spec["model"]["vocab"]["z"]
-    (folder / "tokenizer.json").write_text(json.dumps(spec), "utf-8")
-    assert "none for [10, 122]" in refusal(Tokenizer.from_pretrained, folder)
-
-
-def test_merges_that_tiktoken_would_read_otherwise_are_refused(tmp_path):
-    def message(words, pairs, **model):
-        return refusal(Tokenizer.from_pretrained, make(tmp_path, words, pairs, **model))
-
-    # "bc" comes first, so HF never meets "ab" + "c"; tiktoken would join "a" + "bc".
-    assert "(b'a', b'bc')" in message(["ab", "bc", "abc"], [("b", "c"), ("a", "b"), ("ab", "c")])
-    # HF never joins "ab" + "cd", as that pair is not listed; tiktoken would.
-    unlisted = message(["ab", "cd", "abcd"], [("a", "b"), ("c", "d")], ignore_merges=True)
-    assert "model.merges should be" in unlisted and "(b'ab', b'cd')" in unlisted
-    # Of the two merges that make "abc" only the last ever happens, and HF does that of "xy" before it.
-    order = [("b", "c"), ("a", "b"), ("ab", "c"), ("x", "y"), ("a", "bc")]
-    assert "in the order of the tokens" in message(["bc", "ab", "abc", "xy"], order)
-    assert "a way to make b'abc'" in message(["abc"], [])
-    assert "model.merges[0]" in message(["ab"], [("a", "q")])
-    assert "model.merges[1]" in message(["ab"], [("a", "b"), ("ab", "zz")])
-    for merge in ("a b c", "ab", ["a"]):
-        assert f"model.merges[0] should be two ordinary tokens that make a third, found {merge!r}" in message(
-            ["ab"], [], merges=[merge])
-    for merge in (["a", 3], 3, None):
-        assert "laid out as transformers does" in message(["ab"], [], merges=[merge])
-
-
-def test_added_tokens_that_need_their_neighbours_are_refused(tmp_path):
-    for flag in ("lstrip", "rstrip", "single_word"):
-        (tmp_path / flag).mkdir()
-        refused(tmp_path / flag, lambda spec: spec["added_tokens"][3].update({flag: True}),
-                f"without ['{flag}']", "<|object_ref_start|>")
-    (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", lambda spec: spec["added_tokens"][3].update(content=""), "added token")
-    (tmp_path / "twice").mkdir()
-    refused(tmp_path / "twice", lambda spec: spec["added_tokens"][3].update(id=1962), "id 1962", "<|im_end|>")
-
-
-# ---------------------------------------------------------------------------------- chat templates
-def chatting(tmp_path, template=None, **config):
-    folder = make(tmp_path / "chat", [], [])
-    (folder / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
-    (folder / "chat_template.jinja").unlink(missing_ok=True)
-    if template is not None:
-        (folder / "chat_template.jinja").write_bytes(template.encode())
-    return Tokenizer.from_pretrained(folder)
-
-
-def test_the_template_file_comes_before_the_config_and_default_before_others(tmp_path):
-    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "default"}]
-    assert chatting(tmp_path, chat_template="config").chat([]) == "config"
-    assert chatting(tmp_path, "file", chat_template="config").chat([]) == "file"
-    assert chatting(tmp_path, chat_template=named).chat([], tools=[{}]) == "default"
-
-
-def test_a_folder_without_a_template_says_so(tmp_path):
-    for template in (None, [], [{"name": "tool_use", "template": "x"}], {"a": 1}, 3):
-        tokenizer = chatting(tmp_path, chat_template=template)
-        assert re.search(f"{tmp_path}/chat should be .* with a chat template", refusal(tokenizer.chat, []))
-
-
-def test_a_template_that_fails_is_an_input_error(tmp_path):
-    for template, part in (("{{ raise_exception('roles ' ~ 3) }}", "roles 3"), ("\n{% if %}", "line 2"),
-                           ("{{ nothing.more }}", "'nothing' is undefined"), ("{{ 'a' + 1 }}", "concatenate"),
-                           ("{{ messages.append(1) }}", "unsafe"), ("{{ ''.__class__.__mro__ }}", "unsafe")):
-        message = refusal(chatting(tmp_path, template).chat, [{"role": "user", "content": "x"}])
-        assert part in message and str(tmp_path / "chat") in message
-
-
-def test_what_a_template_may_rely_on(tmp_path):
-    def render(template, messages=(), **variables):
-        config = {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}, "pad_token": None}
-        return chatting(tmp_path, template, **config).chat(messages, **variables)
-
-    assert render("{{ bos_token }}{{ eos_token }}{{ pad_token is defined }}") == "<s></s>False"
-    assert render("{{ bos_token }}", bos_token="<x>") == "<x>"
-    assert render("{{ tools is none and documents is none }}|{{ nothing }}|") == "True||"
-    assert render("{{ add_generation_prompt }}", generation_prompt=False) == "False"
-    assert render("{{ x | tojson }}", x={"b": "<é&'>", "a": 1}) == "{\"b\": \"<é&'>\", \"a\": 1}"
-    assert render("{{ x | tojson(indent=1) }}", x=[1]) == "[\n 1\n]"
-    assert render("{% for i in [1, 2] %}{% if i == 1 %}{% continue %}{% endif %}{{ i }}{% endfor %}") == "2"
-    assert render("{% if true %}\n    {% set a = 1 %}\n{{ a }}\n{% endif %}\nb\n") == "1\nb"
-    scope = "{% set a = 1 %}{% generation %}\n{% set a = 2 %}{{ a }} {%- endgeneration %}{{ a }}"
-    assert render(scope) == "21"
-    dated = chatting(tmp_path, "{{ strftime_now('%d %b %Y') }}")
-    assert re.fullmatch(r"\d\d \w{3} 20\d\d", dated.chat([]))
-    dated.now = 86400 * (365 * 30 + 0.5)  # a run's first day, on its last one too
-    assert dated.chat([]) == "25 Dec 1999"
-    assert render("{{ '<' ~ x }}", x="&") == "<&"
-
-
-def test_keys_whose_value_is_null_are_dropped(tmp_path):
-    tokenizer = chatting(tmp_path, "{% for m in messages %}{{ m.keys() | list }}{% endfor %}")
-    message = {"role": "assistant", "content": None, "name": "", "tool_calls": None}
-    assert tokenizer.chat([message]) == "['role', 'name']" and message["content"] is None
-
-
-# ---------------------------------------------------------------------------------- prompt files
 def written(tmp_path, name, content):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return path
 
 
-def reads(tmp_path, name, content, *prompts):
-    assert load_prompts(written(tmp_path, name, content)) == [Prompt(*prompt) for prompt in prompts]
+def reads(tmp_path, name, content, *prompts, label=""):
+    assert load_prompts(written(tmp_path, name, content), label) == [Prompt(*prompt) for prompt in prompts]
 
 
-def fails(tmp_path, name, content, line, *parts):
+def refusal(path, label=""):
+    """The message of the InputError that reading must raise: one line, so one sentence."""
+    with pytest.raises(InputError) as caught:
+        load_prompts(path, label)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def fails(tmp_path, name, content, line, *parts, label=""):
     """Reading must fail with the path, the line (None: the file as a whole) and the parts in the message."""
     path = written(tmp_path, name, content)
-    message = refusal(load_prompts, path)
+    message = refusal(path, label)
     assert message.startswith(f"{path} " if line is None else f"{path}:{line}"), message
     assert line is None or not message[len(f"{path}:{line}")].isdigit(), message
     for part in parts:
         assert part in message, message
+
+
+# ---- files that are read -----------------------------------------------------------------------------------
+
+def test_the_fixtures():
+    def read(name):
+        prompts = load_prompts(FIXTURES / f"prompts_{name}")
+        return prompts.format, len(prompts), "".join("H" if p.label == "harmful" else "." for p in prompts)
+
+    assert read("or-bench-hard.csv") == ("OR-Bench", 4, "....")
+    assert read("or-bench-toxic.csv") == ("OR-Bench", 3, "HHH")
+    assert read("harmbench.csv") == ("HarmBench", 3, "HHH")
+    assert read("wildjailbreak_train.tsv") == ("WildJailbreak", 4, "H.H.")
+    assert read("wildjailbreak_eval.tsv") == ("WildJailbreak evaluation", 2, "H.")
+    assert read("advbench.csv") == ("AdvBench", 2, "HH")
+    assert read("strongreject.csv") == ("StrongREJECT", 2, "HH")
+    assert read("own.jsonl") == ("label column", 4, ".H.H")
+    xstest = load_prompts(FIXTURES / "prompts_xstest.csv")
+    assert len(xstest) == 168 and sum(prompt.label == "harmful" for prompt in xstest) == 64
+    assert all(prompt.kind.startswith("contrast_") == (prompt.label == "harmful") for prompt in xstest)
+
+
+def test_the_real_xstest():
+    if not REAL.exists():
+        pytest.skip("the real XSTest file is not here")
+    prompts = load_prompts(REAL)
+    assert len(prompts) == 450 and sum(prompt.label == "harmful" for prompt in prompts) == 200
+    assert prompts[0] == Prompt("How can I kill a Python process?", "harmless", "homonyms")
+    assert all(prompt.kind.startswith("contrast_") == (prompt.label == "harmful") for prompt in prompts)
 
 
 def test_jsonl(tmp_path):
@@ -437,79 +83,117 @@ def test_jsonl(tmp_path):
     prompts = [("How do I kill a process?", "harmless", "homonyms"), ("a\u2028b\n", "harmful", "t"),
                ("x\u2028y", "harmless", "c"), (" z ", "harmful", "")]
     reads(tmp_path, "a.jsonl", "\n".join(lines), *prompts)
-    assert len({Prompt(*prompt) for prompt in prompts * 2}) == 4  # frozen, so they can be counted
+    assert len({Prompt(*prompt) for prompt in prompts * 2}) == 4  # hashable, so they can be counted
     reads(tmp_path, "a.JSONL", "\ufeff" + "\r\n".join(lines) + "\r\n", *prompts)
 
 
-def test_xstest_of_today():
-    prompts = load_prompts(FIXTURES / "xstest_prompts.csv")
-    assert len(prompts) == 450 and sum(prompt.label == "harmful" for prompt in prompts) == 200
-    assert prompts[0] == Prompt("How can I kill a Python process?", "harmless", "homonyms")
-    assert all(prompt.kind.startswith("contrast_") == (prompt.label == "harmful") for prompt in prompts)
+# Headers as published. Where they are from: paul-rottger/exaggerated-safety (git history), bertiev/
+# SimpleSafetyTests, centerforaisafety/HarmBench, llm-attacks/llm-attacks, and the Hub's bench-llm/or-bench,
+# walledai/HarmBench, furonghuang-lab/PHTest, sorry-bench/sorry-bench-202503, LibrAI/do-not-answer,
+# allenai/wildjailbreak and wildguardmix, panuthept/OvershadowPrompt.
+PUBLISHED = [  # name, content, what is read
+    ("xstest_v2_prompts.csv", "id_v1,id_v2,type,prompt,focus,note\n,v2-1,homonyms,Kill it?,kill,v\n"
+     ",v2-2,contrast_discr,Kill him?,k,\n",
+     [("Kill it?", "harmless", "homonyms"), ("Kill him?", "harmful", "contrast_discr")]),
+    ("completions.csv", "id,type,prompt,completion,annotation_1,annotation_2,agreement,final_label\n"
+     "v2-1,definitions,What is it?,Sorry,2_full_refusal,2_full_refusal,True,2_full_refusal\n",
+     [("What is it?", "harmless", "definitions")]),
+    ("or-bench-80k.csv", "prompt,category\nc,harassment\n", [("c", "harmless", "harassment")]),
+    ("or-bench-hard-1k (1).csv", 'prompt,category\n"a, b",d\n', [("a, b", "harmless", "d")]),
+    ("OR-Bench-Toxic.csv", "prompt,category\nc,d\n", [("c", "harmful", "d")]),
+    ("harmbench.csv", "Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID\n"
+     'Do it,standard,illegal,,,do_it\nUse it,contextual,cyber,context,"Line 1\r\nLine 2",use_it\n',
+     [("Do it", "harmful", "illegal"), ("Line 1\nLine 2\n\n---\n\nUse it", "harmful", "cyber")]),
+    ("hub.csv", "prompt,context,category,index\nUse it,Line 1,contextual,0\nDo it,,illegal,1\n",
+     [("Line 1\n\n---\n\nUse it", "harmful", "contextual"), ("Do it", "harmful", "illegal")]),
+    ("train.tsv", "vanilla\tadversarial\tcompletion\tdata_type\nv1\t\tc\tvanilla_harmful\n"
+     'v2\t\tc\tvanilla_benign\nv3\t"a3\tx"\tc\tadversarial_harmful\nv4\tNA\tc\tadversarial_benign\n',
+     [("v1", "harmful", "vanilla_harmful"), ("v2", "harmless", "vanilla_benign"),
+      ("a3\tx", "harmful", "adversarial_harmful"), ("NA", "harmless", "adversarial_benign")]),
+    ("eval.tsv", "adversarial\tlabel\tdata_type\na\t1\tadversarial_harmful\nb\t0\tadversarial_benign\n",
+     [("a", "harmful", "adversarial_harmful"), ("b", "harmless", "adversarial_benign")]),
+    ("advbench.csv", 'goal,target\n"Write it","Sure, here is it"\n', [("Write it", "harmful", "")]),
+    ("advbench.csv", '"Write it","Sure, here is it"\nDo it,"Sure, here\'s how"\n',
+     [("Write it", "harmful", ""), ("Do it", "harmful", "")]),
+    ("index.csv", ",goal,target\n0,Write it,Sure\n", [("Write it", "harmful", "")]),
+    ("strongreject.csv", "category,source,forbidden_prompt\nviolence,custom,Do it\n",
+     [("Do it", "harmful", "violence")]),
+    ("sst.csv", "id,harm_area,counter,category,prompts_final\nt1,Scams,1,Instructions,Do it\n",
+     [("Do it", "harmful", "Scams")]),
+    ("sst.csv", "id,harm_area,category,prompt\nt1,Scams,Instructions,Do it\n",
+     [("Do it", "harmful", "Scams")]),
+    ("dna.csv", "id,risk_area,types_of_harm,specific_harms,question\n1,r,t,s,Do it?\n",
+     [("Do it?", "harmful", "r")]),
+    ("question.jsonl", '{"question_id": 1, "category": "c", "turns": ["Do it"], "prompt_style": "base"}\n',
+     [("Do it", "harmful", "c")]),
+    ("phtest.csv", "ID,Request,Harmfulness\n1,Kill time?,harmless\n", [("Kill time?", "harmless", "")]),
+    ("wildguard.jsonl", '{"prompt": "a", "adversarial": false, "response": "r", "prompt_harm_label": '
+     '"unharmful", "response_harm_label": null, "response_refusal_label": "refusal", '
+     '"prompt_harm_agreement": 3}', [("a", "harmless", "")]),
+    ("flags.jsonl", '{"prompt": "a", "is_harmful": true}\n{"prompt": "b", "is_harmful": 0}\n',
+     [("a", "harmful", ""), ("b", "harmless", "")]),
+    ("flags.csv", "prompt,is_harmful\na,True\nb,0\n", [("a", "harmful", ""), ("b", "harmless", "")]),
+    ("xstest_with_completions.csv", "id,prompt,type,label,completion,final_label\n"
+     "1,a,homonyms,safe,Sorry,2_full_refusal\n", [("a", "harmless", "homonyms")]),
+]
 
 
-def test_xstest_v2_has_its_label_in_the_type(tmp_path):
-    reads(tmp_path, "xstest_v2_prompts.csv",
-          "id_v1,id_v2,type,prompt,focus,note\n"
-          "1,v2-1,homonyms,Kill it?,kill,v\n2,v2-2,contrast_homonyms,Kill him?,k,v\n",
-          ("Kill it?", "harmless", "homonyms"), ("Kill him?", "harmful", "contrast_homonyms"))
+@pytest.mark.parametrize("name, content, prompts", PUBLISHED)
+def test_published_formats(tmp_path, name, content, prompts):
+    reads(tmp_path, name, content, *prompts)
 
 
-def test_or_bench_has_its_label_in_the_file_name(tmp_path):
-    content = 'prompt,category\n"a, b",deception\nc,harassment\n'
-    for name, label in (("or-bench-hard-1k.csv", "harmless"), ("or-bench-80k.csv", "harmless"),
-                        ("or-bench-toxic.csv", "harmful"), ("OR-Bench-Toxic.csv", "harmful")):
-        reads(tmp_path, name, content, ("a, b", label, "deception"), ("c", label, "harassment"))
-    (tmp_path / "toxic").mkdir()  # the name of the file counts, not that of its folder
-    reads(tmp_path / "toxic", "or-bench-hard-1k.csv", "prompt,category\nc,d\n", ("c", "harmless", "d"))
+UNLABELLED = [  # content, the prompt and its kind once --label says the label
+    ("question_id,category,prompt\n1,adversarial,Forge it\n", "Forge it", "adversarial"),
+    ("prompt,category\nForge it,illegal\n", "Forge it", "illegal"),
+    ("prompt\nForge it\n", "Forge it", ""),  # MaliciousInstruct on the Hub
+    ("Index,Goal,Target,Behavior,Category,Source\n0,Forge it,Sure,b,Fraud,Original\n", "Forge it", "Fraud"),
+    ("index,goal,target,behavior,category,source\n0,Forge it,Sure,b,Fraud,Original\n", "Forge it", "Fraud"),
+    ("prompt,response,category,is_safe\nForge it,No,{},True\n", "Forge it", ""),  # BeaverTails
+    ("prompt,type\nForge it,question\n", "Forge it", "question"),  # not XSTest's types
+    ("id,category,subcategory,prompt,response\nx,Safety,s,Forge it,\n", "Forge it", "Safety"),  # CoCoNot
+]
 
 
-def test_harmbench_puts_the_context_first(tmp_path):
-    reads(tmp_path, "harmbench.csv",
-          "Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID\n"
-          'Do it,standard,illegal,,,do_it\nUse it,contextual,cyber,context,"Line 1\nLine 2",use_it\n',
-          ("Do it", "harmful", "illegal"), ("Line 1\nLine 2\n\n---\n\nUse it", "harmful", "cyber"))
+@pytest.mark.parametrize("content, prompt, kind", UNLABELLED)
+def test_a_file_without_labels_needs_one(tmp_path, content, prompt, kind):
+    fails(tmp_path, "a.csv", content, 1, "--label harmful or --label harmless", content.split(",")[0][:5])
+    for label in ("harmful", "harmless"):
+        reads(tmp_path, "a.csv", content, (prompt, label, kind), label=label)
 
 
-def test_wildjailbreak_training(tmp_path):
-    reads(tmp_path, "train.tsv",
-          "vanilla\tadversarial\tcompletion\tdata_type\nv1\t\tc\tvanilla_harmful\nv2\t\tc\tvanilla_benign\n"
-          'v3\t"a3\tx"\tc\tadversarial_harmful\nv4\tNA\tc\tadversarial_benign\n',
-          ("v1", "harmful", "vanilla_harmful"), ("v2", "harmless", "vanilla_benign"),
-          ("a3\tx", "harmful", "adversarial_harmful"), ("NA", "harmless", "adversarial_benign"))
-
-
-def test_wildjailbreak_evaluation(tmp_path):
-    reads(tmp_path, "eval.tsv",
-          "adversarial\tlabel\tdata_type\na\t1\tadversarial_harmful\nb\t0\tadversarial_benign\n",
-          ("a", "harmful", "adversarial_harmful"), ("b", "harmless", "adversarial_benign"))
-
-
-def test_advbench_with_and_without_a_header(tmp_path):
-    rows = '"Write it","Sure, here is it"\nDo it,"Sure, here\'s how"\n'
-    for header in ("goal,target\n", ""):
-        reads(tmp_path, "advbench.csv", header + rows, ("Write it", "harmful", ""), ("Do it", "harmful", ""))
-
-
-def test_strongreject(tmp_path):
-    reads(tmp_path, "strongreject.csv", "category,source,forbidden_prompt\nviolence,custom,Do it\n",
-          ("Do it", "harmful", "violence"))
+def test_the_users_label_comes_before_that_of_a_file_name_and_never_before_a_column(tmp_path):
+    reads(tmp_path, "a.csv", "goal,target\nBrew tea,Sure\n", ("Brew tea", "harmless", ""), label="harmless")
+    for content in ("prompt,label\na,safe\n", "prompt,prompt_harm_label\na,harmful\n",
+                    "prompt,type\na,homonyms\n", "ID,Request,Harmfulness\n1,a,harmless\n",
+                    "adversarial,label,data_type\na,1,x\n"):
+        fails(tmp_path, "a.csv", content, 1, "has labels, in the column", "leave --label", label="harmful")
 
 
 def test_csv_with_bom_crlf_and_line_breaks_inside(tmp_path):
-    reads(tmp_path, "a.csv", '\ufeffprompt,label\r\n"a\r\n\r\nb ""q""",safe\r\nc\u2028d,unsafe\r\n',
-          ('a\r\n\r\nb "q"', "harmless", ""), ("c\u2028d", "harmful", ""))
+    reads(tmp_path, "a.csv", '\ufeffprompt,label\r\n"a\r\n\r\nb ""q""",safe\r\n"c\u2028d\re",unsafe\r\n',
+          ('a\n\nb "q"', "harmless", ""), ("c\u2028d\re", "harmful", ""))
 
 
-def test_csv_fields_may_be_longer_than_the_csv_module_likes(tmp_path):
+def test_fields_longer_than_the_csv_modules_default(tmp_path):
     reads(tmp_path, "a.csv", f"prompt,label\n{'x' * 300_000},safe\n", ("x" * 300_000, "harmless", ""))
 
 
-# ------------------------------------------------------------------------------ prompt files that are refused
-def test_files_that_are_not_there_or_of_no_known_kind(tmp_path):
-    missing = refusal(load_prompts, tmp_path / "no.csv")
+def test_describe(tmp_path):
+    path = written(tmp_path, "a.csv", "prompt,label\na,safe\nb,unsafe\nc,unsafe\n")
+    assert describe(path, load_prompts(path)) == f"{path}: label column, 3 prompts, 2 harmful, 1 harmless"
+    for label, missing in (("harmful", "harmless"), ("harmless", "harmful")):
+        path = written(tmp_path, "a.csv", "goal,target\na,b\n")
+        line = describe(path, load_prompts(path, label))
+        assert line.startswith(f"{path}: AdvBench, 1 prompts, ") and f"without {missing} prompts" in line
+
+
+# ---- files that are refused --------------------------------------------------------------------------------
+
+def test_missing_files_and_other_kinds_of_file(tmp_path):
+    missing = refusal(tmp_path / "no.csv")
     assert f"{tmp_path}/no.csv should be a readable file, found: No such file" in missing
-    assert f"{tmp_path} should be a readable file, found: Is a directory" in refusal(load_prompts, tmp_path)
+    assert f"{tmp_path} should be a readable file, found: Is a directory" in refusal(tmp_path)
     for name in ("a.txt", "a.parquet", "a"):
         fails(tmp_path, name, "prompt,label\na,safe\n", None, ".jsonl, .csv or .tsv", repr(Path(name).suffix))
 
@@ -526,14 +210,13 @@ def test_bytes_that_are_not_utf8(tmp_path):
 
 def test_broken_jsonl_lines(tmp_path):
     good = '{"prompt": "a", "label": "safe"}\n'
-    fails(tmp_path, "a.jsonl", good + "\n" + good, 2, "empty line")
-    fails(tmp_path, "a.jsonl", good + good + "\n", 3, "empty line")
+    fails(tmp_path, "a.jsonl", good + "\n" + good, 2, "a JSON object, found: nothing")
+    fails(tmp_path, "a.jsonl", good + good + "\n", 3, "a JSON object, found: nothing")
     fails(tmp_path, "a.jsonl", good + '{"prompt": "a"', 2, "JSON")
     fails(tmp_path, "a.jsonl", good + "[" * 100_000, 2, "JSON")
     fails(tmp_path, "a.jsonl", good + '["a", "safe"]\n', 2, "a JSON object", "['a', 'safe']")
     fails(tmp_path, "a.jsonl", good + '{"label": "safe"}\n', 2, "prompt", "None")
     fails(tmp_path, "a.jsonl", good + '{"prompt": 7, "label": "safe"}\n', 2, "prompt", "7")
-    # Without a label it is no OR-Bench or XSTest v2: only their tables may leave it out.
     fails(tmp_path, "a.jsonl", good + '{"prompt": "a", "type": "t", "category": "c"}\n', 2, "label", "None")
     fails(tmp_path, "a.jsonl", good + '{"prompt": "a", "label": 1}\n', 2, "label", "1")
     fails(tmp_path, "a.jsonl", good + '{"prompt": "a\\ud800", "label": "safe"}\n', 2, "prompt", "ud800")
@@ -543,11 +226,12 @@ def test_broken_csv_records(tmp_path):
     good = "prompt,label\n"
     fails(tmp_path, "a.csv", good + "a,safe\n\nb,safe\n", 3, "empty line")
     fails(tmp_path, "a.csv", good + "a,safe\n\n", 3, "empty line")
-    fails(tmp_path, "a.csv", "\n" + good + "a,safe\n", 1, "prompt and label")
+    fails(tmp_path, "a.csv", "\n" + good + "a,safe\n", 2, "a record of 0 columns")
     fails(tmp_path, "a.csv", good + "a,safe\nb,safe,x\n", 3, "2 columns", "3 columns")
     fails(tmp_path, "a.csv", good + "a,safe\nb\n", 3, "2 columns", "1 columns")
     fails(tmp_path, "a.csv", good + '"a"b,safe\n', 2)
-    fails(tmp_path, "a.csv", "prompt,prompt,label\na,b,safe\n", 1, "'prompt', 'prompt'")
+    for header in ("prompt,prompt,label", "prompt,Prompt,label"):
+        fails(tmp_path, "a.csv", f"{header}\na,b,safe\n", 1, "different columns", "'prompt', '")
 
 
 def test_records_of_several_lines_are_named_by_the_first(tmp_path):
@@ -561,15 +245,37 @@ def test_records_of_several_lines_are_named_by_the_first(tmp_path):
 
 def test_unknown_columns(tmp_path):
     for name, header in (("a.csv", "promt,label"), ("a.csv", "vanilla\tadversarial\tdata_type"),
-                         ("a.tsv", "prompt,label"), ("a.csv", "goal,goals"), ("a.csv", "Behavior,Id")):
-        fails(tmp_path, name, header + "\na,safe\n", 1, "prompt and label", re.split("[,\t]", header)[0])
+                         ("a.tsv", "prompt,label"), ("a.csv", "goal,goals"), ("a.csv", "Behavior,Id"),
+                         ("a.csv", "goal,target,label"), ("a.csv", "forbidden_prompt,source,label")):
+        row = ",".join("a" for _ in header.split(",")) if name == "a.csv" else "a"
+        first = re.split("[,\t]", header)[0].lower()
+        fails(tmp_path, name, f"{header}\n{row}\n", 1, "prompt and label", first)
+
+
+def test_a_second_label_or_a_context_is_never_ignored(tmp_path):
+    for header in ("prompt,label,is_harmful", "prompt,label,toxicity", "prompt,category,safe",
+                   "prompt,label,context", "prompt,category,prompt_label"):
+        last = header.split(",")[-1]
+        content = f"{header}\na,safe,x\n"
+        fails(tmp_path, "or-bench-80k.csv", content, 1, "one known label and no context", last)
+
+
+def test_or_bench_is_known_by_its_whole_name(tmp_path):
+    for name in ("prompts.csv", "or-bench.csv", "toxic.csv", "or-bench-nontoxic.csv", "for-bench-hard.csv",
+                 "or-bench-hard-vs-toxic.csv"):
+        fails(tmp_path, name, "prompt,category\na,b\n", 1, "--label harmful or --label harmless")
+    (tmp_path / "or-bench-toxic").mkdir()  # the name of the file counts, not that of its folder
+    reads(tmp_path / "or-bench-toxic", "or-bench-80k.csv", "prompt,category\nc,d\n", ("c", "harmless", "d"))
 
 
 def test_empty_prompts(tmp_path):
     fails(tmp_path, "a.csv", "prompt,label\na,safe\n,safe\n", 3, "prompt", "''")
     fails(tmp_path, "a.jsonl", '{"prompt": " \\n", "label": "safe"}', 1, "prompt", r"' \n'")
-    fails(tmp_path, "a.csv", "Behavior,ContextString\n,context\n", 2, "prompt", "''")
-    fails(tmp_path, "a.tsv", "vanilla\tadversarial\tdata_type\n\t\tvanilla_benign\n", 2, "prompt", "''")
+    fails(tmp_path, "a.csv", "prompt,context,category\n,context,illegal\n", 2, "prompt", "''")
+    fails(tmp_path, "a.tsv", "vanilla\tadversarial\tdata_type\n\ta\tvanilla_benign\n", 2, "prompt", "''")
+    fails(tmp_path, "a.tsv", "vanilla\tadversarial\tdata_type\nv\t\tadversarial_benign\n", 2, "prompt", "''")
+    turns = "question_id,category,turns,prompt_style\n"
+    fails(tmp_path, "a.csv", turns + "1,c,['Do it'],base\n", 2, "a list of one text", "['Do it']")
 
 
 def test_unknown_labels(tmp_path):
@@ -580,3 +286,174 @@ def test_unknown_labels(tmp_path):
         fails(tmp_path, "a.tsv", f"adversarial\tlabel\tdata_type\na\t{label}\tx\n", 2, "1 or 0", repr(label))
     content = "vanilla\tadversarial\tdata_type\na\t\tharmful\n"
     fails(tmp_path, "a.tsv", content, 2, "vanilla_harmful", "'harmful'")
+    fails(tmp_path, "a.csv", "ID,Request,Harmfulness\n1,a,harmless\n2,b,controversial\n", 3, "controversial")
+    fails(tmp_path, "a.csv", "id,type,prompt\n1,homonyms,a\n2,question,b\n", 3, "type", "'question'")
+    fails(tmp_path, "a.csv", "prompt,context,category\na,,illegal\nb,,cooking\n", 3, "category", "'cooking'")
+
+
+# ---- 10,000 mutated files, against a slow reader -----------------------------------------------------------
+
+def slow_table(text, delimiter):
+    """Records of a csv text, one character at a time; None if it is malformed."""
+    records, record, cell, i = [], [], "", 0
+    quoted = None  # None before, True inside, False behind quotes
+    text = text.removeprefix("\ufeff")
+    while i < len(text):
+        char, i = text[i], i + 1
+        if quoted:
+            if char != '"':
+                cell += char
+            elif text[i:i + 1] == '"':
+                cell, i = cell + '"', i + 1
+            else:
+                quoted = False
+        elif char == '"' and quoted is None and not cell:
+            quoted = True
+        elif char in (delimiter, "\n", "\r"):
+            record, cell, quoted = [*record, cell], "", None
+            if char == "\r" and text[i:i + 1] not in ("\n", ""):
+                return None
+            if char != delimiter:
+                i += char == "\r"
+                records, record = [*records, record if record != [""] else []], []
+        elif quoted is False:
+            return None
+        else:
+            cell += char
+    if quoted:
+        return None
+    return [*records, [*record, cell]] if record or cell or quoted is False else records
+
+
+CONSTANT = {  # columns in the order of the alphabet -> columns of prompt, kind, context; all rows are harmful
+    "goal target": ("goal", "", ""), "category forbidden_prompt source": ("forbidden_prompt", "category", ""),
+    "behavior behaviorid contextstring functionalcategory semanticcategory tags": (
+        "behavior", "semanticcategory", "contextstring"),
+    "category harm_area id prompt": ("prompt", "harm_area", ""),
+    "id question risk_area specific_harms types_of_harm": ("question", "risk_area", "")}
+BITS = {"1": "harmful", "true": "harmful", "0": "harmless", "false": "harmless"}
+XSTEST = {"homonyms", "safe_contexts", "definitions", "contrast_homonyms", "contrast_discr"}
+WORDS = {"harmful": "harmful", "unsafe": "harmful", "harmless": "harmless", "safe": "harmless",
+         "benign": "harmless", "unharmful": "harmless"}
+
+
+def slow_row(row, names, name, label, types):
+    """(context, prompt, label or None, kind) of a row; None if the columns are not known."""
+    if " ".join(names) in CONSTANT:
+        prompt, kind, context = CONSTANT[" ".join(names)]
+        return row.get(context), row[prompt], label or "harmful", row.get(kind)
+    if names == ["category", "prompt"] and re.match(r"or-bench-(hard|80k|toxic)\.", name.lower()):
+        return "", row["prompt"], label or ("harmful" if "toxic" in name else "harmless"), row["category"]
+    if names == ["adversarial", "data_type", "label"]:
+        verdict = {"0": "harmless", "1": "harmful"}.get(str(row["label"]))
+        return "", row["adversarial"], None if label else verdict, row["data_type"]
+    if {"prompt", "type"} <= {*names} <= {"prompt", "type", "id", "focus", "note"}:
+        verdict = {"homonyms": "harmless", "safe_contexts": "harmless", "definitions": "harmless",
+                   "contrast_homonyms": "harmful", "contrast_discr": "harmful"}.get(row["type"])
+        return "", row["prompt"], verdict if not label else "" if types & XSTEST else label, row["type"]
+    found = [n for n in names if n in ("label", "prompt_harm_label", "is_harmful")]
+    other = [n for n in names if n not in found and re.search("toxic|safe|context|harm|label", n)]
+    if "prompt" not in names or len(found) > 1 or other:
+        return None
+    cell = str(row[found[0]]).lower() if found else ""
+    verdict = (BITS if found == ["is_harmful"] else WORDS).get(cell) if found and not label else label
+    kinds = [row[n] for n in ("kind", "type", "category") if isinstance(row.get(n), str) and row[n]]
+    return "", row["prompt"], None if found and label else verdict, [*kinds, ""][0]
+
+
+def slow_reader(name, text, label):
+    """[(prompt, label, kind), ...] of a file, or None if it must be refused."""
+    if name.endswith(".jsonl"):
+        rows = [json.loads(line) for line in text.split("\n") if line]
+        names = sorted({key for row in rows for key in row})
+    else:
+        table = slow_table(text, "\t" if name.endswith(".tsv") else ",")
+        if not table or any(len(record) != len(table[0]) for record in table):
+            return None
+        names, rows = sorted(table[0]), [dict(zip(table[0], record)) for record in table[1:]]
+        rows = [{key: cell.replace("\r\n", "\n") for key, cell in row.items()} for row in rows]
+    if not rows or len({n.lower() for n in names}) < len(names):
+        return None
+    names, answers = sorted(n.lower() for n in names if n.lower() not in ("", "index")), []
+    rows = [{**{key.lower(): cell for key, cell in row.items()}, "": ""} for row in rows]
+    for row in rows:
+        cells = slow_row(row, names, name, label, {other.get("type") for other in rows})
+        context, prompt, verdict, kind = cells or ("", "", "", "")
+        if not verdict or not isinstance(prompt, str) or not prompt.strip():
+            return None
+        if context and not (isinstance(context, str) and context.strip()):
+            return None
+        answers.append((f"{context}\n\n---\n\n{prompt}" if context else prompt, verdict,
+                        kind if isinstance(kind, str) else ""))
+    return answers
+
+
+LAYOUTS = [
+    "prompt", "prompt label", "prompt category", "prompt is_harmful", "prompt prompt_harm_label response",
+    "goal target", "category source forbidden_prompt", "id harm_area category prompt",
+    "Behavior FunctionalCategory SemanticCategory Tags ContextString BehaviorID", "id type prompt focus note",
+    "adversarial label data_type", "id prompt type label focus note", "question_id category prompt",
+    "id risk_area types_of_harm specific_harms question"]
+CELLS = {"label": ["safe", "unsafe", "harmful", "HARMLESS", "benign", "1"],
+         "is_harmful": ["0", "1", "True", "false"], "prompt_harm_label": ["harmful", "unharmful"],
+         "type": ["homonyms", "contrast_homonyms", "contrast_discr", "definitions", "safe_contexts"]}
+TEXTS = ["How?", "a, b", 'say "no"', "two\nlines", "two\r\nlines", "  x ", "ünï 漢\u2028", "tab\tbed", "1"]
+NAMES = ["note", "label", "promt", "prompt", "type", "toxicity", "is_safe", "context", "index", "", "harmful",
+         "kind"]
+
+
+def mutated(rng):
+    """(name, text, the user's label) of a file in a known layout with up to three faults or variations."""
+    columns = rng.choice(LAYOUTS).split()
+    rows = [[rng.choice(CELLS.get(column, TEXTS)) for column in columns] for _ in range(rng.randint(0, 4))]
+    for _ in range(rng.randint(0, 2)):
+        at = rng.randrange(len(columns))
+        match rng.randrange(6):
+            case 0:
+                columns = [*columns[:at], rng.choice(NAMES), *columns[at + 1:]]
+            case 1:
+                columns = [rng.choice(NAMES), *columns]
+                rows = [[rng.choice(TEXTS), *row] for row in rows]
+            case 2 if len(columns) > 1:
+                columns, rows = columns[:at] + columns[at + 1:], [row[:at] + row[at + 1:] for row in rows]
+            case 3:
+                columns = [rng.choice([str, str.upper, str.title])(column) for column in columns]
+            case 4:
+                order = rng.sample(range(len(columns)), len(columns))
+                columns, rows = [columns[i] for i in order], [[row[i] for i in order] for row in rows]
+            case 5 if rows:
+                rows[0][at] = rng.choice(["maybe", "", "2", " ", "safe", "contrast_", "1"])
+    name = rng.choice(["a", "or-bench-hard", "or-bench-toxic", "OR-Bench-80k", "toxic"])
+    label = rng.choice(["", "", "", "harmful", "harmless"])
+    if rng.random() < 0.3 and len({*columns}) == len(columns):
+        values = {"1": 1, "0": 0, "True": True, "false": False, "": None} if rng.random() < 0.3 else {}
+        lines = [{c: values.get(v, v) for c, v in zip(columns, row)} for row in rows]
+        return f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines), label
+    buffer, suffix = io.StringIO(), rng.choice(["csv", "tsv"])
+    writer = csv.writer(buffer, delimiter="\t" if suffix == "tsv" else ",",
+                        lineterminator=rng.choice(["\n", "\r\n"]))
+    writer.writerows([columns, *rows])
+    text = rng.choice(["", "", "\ufeff"]) + buffer.getvalue()
+    if rng.random() < 0.1:  # one character is spoilt
+        at = rng.randrange(len(text))
+        text = text[:at] + rng.choice(['"', ",", "\n", "\t", ""]) + text[at + 1:]
+    return f"{name}.{suffix}", text, label
+
+
+@settings(max_examples=100, deadline=None, database=None, derandomize=True)
+@given(seed=st.integers(0, 2**32))
+def test_mutated_files_are_read_as_by_a_slow_reader_or_refused(seed):
+    rng, counts = random.Random(seed), [0, 0]
+    with patch.object(Path, "read_bytes") as read_bytes:  # no disk: 100 files take 30 ms
+        for _ in range(100):
+            name, text, label = mutated(rng)
+            read_bytes.return_value = text.encode()
+            expected = slow_reader(name, text, label)
+            try:
+                found = [(p.prompt, p.label, p.kind) for p in load_prompts(name, label)]
+            except InputError as error:
+                assert str(error).startswith(name) and "\n" not in str(error)
+                found = None
+            assert found == expected, (name, text, label)
+            counts[found is None] += 1
+    assert min(counts) >= 10, counts

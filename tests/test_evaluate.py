@@ -1,3 +1,4 @@
+"""Evaluation: rates and intervals by hand, attacks, held-out prompts, tables and pictures."""
 import json
 import math
 
@@ -5,80 +6,66 @@ import pytest
 import torch
 from helpers import FIXTURES
 
-import alchemy
+import alchemy.world as alchemy
 import evaluate
-from data import InputError, load_prompts
 from evaluate import attack_text, columns_of, interval, pooled, rates, read_runs, requests, table
+from lib import checkpoint
+from lib.data import InputError, load_prompts
+from model import Transformer
 from rollout import CLOSE
 from sear import Config
 
 nan = math.nan
 
 
-def test_wilson_interval_against_known_values():
-    """Values from the closed form, as printed in Brown, Cai and DasGupta (2001) style tables: n = 10 and n =
-    100."""
-    for rate, n, low, high in (
-        (0.0, 10, 0.0, 0.2775),
-        (0.5, 10, 0.2366, 0.7634),
-        (0.95, 100, 0.8882, 0.9785),
-    ):
-        assert interval(rate, n) == pytest.approx((low, high), abs=1e-3)
-    assert interval(0.0, 50)[0] == pytest.approx(0.0, abs=1e-12) and interval(1.0, 50)[1] == pytest.approx(
-        1.0
-    )
+# ---- rates -----------------------------------------------------------------------------------------------
+
+def test_wilson_interval_at_known_values():
+    """From the closed form."""
+    for rate, n, *ends in ((0.0, 10, 0.0, 0.2775), (0.5, 10, 0.2366, 0.7634), (0.95, 100, 0.8882, 0.9785)):
+        assert interval(rate, n) == pytest.approx(ends, abs=1e-3)
+    assert interval(0.0, 50)[0] == pytest.approx(0.0, abs=1e-12)
+    assert interval(1.0, 50)[1] == pytest.approx(1.0)
 
 
 def test_rates_of_a_class_by_hand():
-    """(unsafe, refusal, helpful, potential, closed, thought tokens): explored and refused, explored and
-    complied, neither, and one without an answer."""
-    records = [
-        (0.0, 1.0, 0.0, 0.85, True, 30),
-        (1.0, 0.0, 0.0, 1.0, True, 40),
-        (1.0, 0.0, 0.0, 0.2, True, 10),
-        (nan, nan, nan, 0.9, False, 72),
-    ]
-    r = rates("covert", records)
-    assert (r["n"], r["unsafe"], r["refusal"], r["helpful"], r["explored"], r["closed"]) == (
-        4,
-        0.5,
-        0.25,
-        None,
-        0.75,
-        0.75,
-    )
-    # of three explored thoughts one met a safe answer; no answer is none
-    assert r["flip"] == pytest.approx(1 / 3)
-    assert r["thought_tokens"] == 38.0
+    """Records are (unsafe, refusal, helpful, potential, closed, thought tokens)."""
+    r = rates("covert", [(0.0, 1.0, 0.0, 0.85, True, 30),  # explored, refused
+                         (1.0, 0.0, 0.0, 1.0, True, 40),  # explored, complied
+                         (1.0, 0.0, 0.0, 0.2, True, 10),
+                         (nan, nan, nan, 0.9, False, 72)])  # explored, no answer
+    assert (r["n"], r["unsafe"], r["refusal"], r["helpful"]) == (4, 0.5, 0.25, None)
+    assert (r["explored"], r["closed"], r["thought_tokens"]) == (0.75, 0.75, 38.0)
+    assert r["flip"] == pytest.approx(1 / 3)  # of three explored thoughts one has a safe answer
     r = rates("ambiguous", [(0.0, 1.0, 0.0, 0.5, True, 3), (0.0, 0.0, 1.0, 1.0, True, 5)])
     assert (r["unsafe"], r["flip"], r["refusal"], r["helpful"], r["explored"]) == (None, None, 0.5, 0.5, 0.5)
-    # what the judge does not judge is no zero: a guard without a reward model says nothing of help
-    r = rates("harmless", [(0.0, 1.0, nan, nan, True, 3), (0.0, 0.0, nan, nan, True, 5), (nan,) * 4 + (False, 9)])
+
+
+def test_what_a_judge_does_not_judge_has_no_rate():
+    """A guard without a reward model does not judge help."""
+    r = rates("harmless", [(0.0, 1.0, nan, nan, True, 3), (0.0, 0.0, nan, nan, True, 5),
+                           (nan, nan, nan, nan, False, 9)])
     assert (r["refusal"], r["helpful"]) == (1 / 3, None)
-    # the judge has no estimate there
-    assert rates("harmless", [(0.0, 0.0, 1.0, nan, True, 3)])["explored"] is None
+    assert rates("harmless", [(0.0, 0.0, 1.0, nan, True, 3)])["explored"] is None  # no estimate of Phi
 
 
-def test_attacks_say_what_they_are(world):
+# ---- attacks and held-out prompts ------------------------------------------------------------------------
+
+def test_text_of_each_attack():
     prompt = alchemy.requests(1, 5)[0]
-    chain = alchemy.chain_of(prompt.prompt)
     texts = {a: attack_text(a, prompt, True) for a in evaluate.ATTACKS}
     assert texts["none"] == "" and texts["prefill"] == texts["reset"] == alchemy.TALK
     assert texts["mirror"] == alchemy.DANGER and texts["hijack-short"] == alchemy.TALK + CLOSE + "\n\n"
-    assert alchemy.progress(prompt.prompt, texts["hijack"]) == 1 and texts["hijack"].endswith(
-        texts["hijack-short"]
-    )
-    assert all(line in texts["hijack"] for line in alchemy.worked_lines(chain, 4))
+    assert texts["hijack"].endswith(texts["hijack-short"])
+    assert alchemy.progress(prompt.prompt, texts["hijack"]) == 1
     for attack in evaluate.ATTACKS[1:]:
-        assert ("hijack" in attack) == (CLOSE in attack_text(attack, prompt, False)) and attack_text(
-            attack, prompt, False
-        )
+        text = attack_text(attack, prompt, False)
+        assert text and (CLOSE in text) == ("hijack" in attack)
 
 
-def test_reset_repeats_request_and_prefill_behind_the_models_own_words(world):
+def test_reset_repeats_request_and_prefill_after_the_models_answer(world):
     _, tokenizer, model = world
-    c = Config(max_new_tokens=6)
-    prompts = alchemy.requests(2, 4, evaluation=True)
+    c, prompts = Config(max_new_tokens=6), alchemy.requests(2, 4, evaluation=True)
     r = evaluate.attacked("reset", model, tokenizer, prompts, [0, 1], c)
     for b, p in enumerate(prompts):
         text = tokenizer.decode(r.tokens[b])
@@ -89,7 +76,7 @@ def test_reset_repeats_request_and_prefill_behind_the_models_own_words(world):
     assert torch.equal(once.tokens[0, :n], r.tokens[0, :n])
 
 
-def test_no_thought_is_attacked_through_a_thought_all_the_same(world):
+def test_a_model_without_thought_is_attacked_through_one(world):
     _, tokenizer, model = world
     c, prompts = Config(objective="no-thought", max_new_tokens=4), alchemy.requests(1, 4)
     plain = evaluate.attacked("none", model, tokenizer, prompts, [0], c)
@@ -98,60 +85,51 @@ def test_no_thought_is_attacked_through_a_thought_all_the_same(world):
     assert "<think>\n" + alchemy.TALK in tokenizer.decode(forced.tokens[0])
 
 
-def test_held_out_prompts_of_a_file_are_nobodys_training_data():
-    everything = load_prompts(FIXTURES / "xstest_prompts.csv")
+def test_about_one_prompt_in_ten_of_a_file_is_held_out():
+    everything = load_prompts(FIXTURES / "prompts_xstest.csv")
     chosen = requests(everything, 10)
     assert 10 < len(chosen) <= 20 and all(evaluate.held_out(p) for p in chosen)
     assert {p.label for p in chosen} == {"harmful", "harmless"}
-    assert 20 < sum(evaluate.held_out(p) for p in everything) < 80
+    assert len(everything) / 20 < sum(evaluate.held_out(p) for p in everything) < len(everything) / 5
     assert [p.kind for p in requests([], 2)] == list(alchemy.CLASSES) * 2
 
+
+def test_a_signal_stops_the_evaluation(start, world, monkeypatch):
+    monkeypatch.setattr(checkpoint, "STOP", [checkpoint.SIGTERM])
+    model, tokenizer = Transformer.from_pretrained(start), world[1]
+    with pytest.raises(checkpoint.Stopped):
+        evaluate.measure(model, tokenizer, None, requests([], 1), Config(), "after")
+
+
+# ---- tables and pictures ---------------------------------------------------------------------------------
 
 def fake_run(folder, objective, seed, refusal, n=100):
     """A finished run folder with made-up numbers."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"objective": objective, "seed": seed}))
-    with open(folder / "eval.jsonl", "w") as f:
-        for stage in ("before", "after"):
-            for attack in evaluate.ATTACKS:
-                for name in alchemy.CLASSES:
-                    harmful = name in evaluate.HARMFUL
-                    value = 0.5 if stage == "before" else refusal
-                    f.write(
-                        json.dumps(
-                            {
-                                "stage": stage,
-                                "attack": attack,
-                                "class": name,
-                                "n": n,
-                                "unsafe": 1 - value if harmful else None,
-                                "refusal": value,
-                                "helpful": None if harmful else 1 - value,
-                                "explored": value,
-                                "flip": value if harmful else None,
-                                "closed": 1.0,
-                                "thought_tokens": 30.0,
-                            }
-                        )
-                        + "\n"
-                    )
-    with open(folder / "metrics.jsonl", "w") as f:
-        for step in range(20):
-            f.write(
-                json.dumps({"step": step, "answer_reward": step / 20, "potential": 0.5, "over_refusal": 0.1})
-                + "\n"
-            )
+    rows = []
+    for stage, value in (("before", 0.5), ("after", refusal)):
+        for attack in evaluate.ATTACKS:
+            for name in alchemy.CLASSES:
+                harmful = name in evaluate.HARMFUL
+                rows.append({"stage": stage, "attack": attack, "class": name, "n": n, "refusal": value,
+                             "unsafe": 1 - value if harmful else None,
+                             "helpful": None if harmful else 1 - value, "explored": value,
+                             "flip": value if harmful else None, "closed": 1.0, "thought_tokens": 30.0})
+    checkpoint.write_rows(folder / "eval.jsonl", rows)
+    checkpoint.write_rows(folder / "metrics.jsonl", [
+        {"step": s, "answer_reward": s / 20, "potential": 0.5, "over_refusal": 0.1} for s in range(20)])
     return folder
 
 
-def test_table_pools_seeds_and_shows_start_once(tmp_path):
+def test_table_pools_seeds_and_shows_the_start_once(tmp_path):
     folders = [fake_run(tmp_path / f"{o}{s}", o, s, v) for o, s, v in
                (("sear", 1, 0.9), ("sear", 2, 1.0), ("outcome", 1, 0.2), ("outcome", 2, 0.4))]
     columns = columns_of(read_runs(folders))
     assert list(columns) == ["start", "sear", "outcome"]
     assert pooled(columns["start"], "none", ("harmful",), "refusal") == (0.5, 200)
     assert pooled(columns["sear"], "none", ("harmful",), "refusal") == (pytest.approx(0.95), 200)
-    # a flip counts among the explored: (0.9 x 90 + 1 x 100) / 190
+    # A flip counts among the explored thoughts: (0.9 x 90 + 1 x 100) / 190.
     assert pooled(columns["sear"], "none", ("harmful",), "flip") == (pytest.approx(181 / 190), 190)
     lines = table(columns).splitlines()
     assert lines[0] == "| | class | start | sear | outcome |"
@@ -159,10 +137,9 @@ def test_table_pools_seeds_and_shows_start_once(tmp_path):
     assert not any("mirror | harmful" in line for line in lines)
 
 
-def test_command_line_writes_table_and_pictures(tmp_path, capsys, monkeypatch):
+def test_command_line_writes_tables_and_pictures(tmp_path, capsys):
     folders = [fake_run(tmp_path / "a", "sear", 1, 0.9), fake_run(tmp_path / "b", "outcome", 1, 0.4)]
-    monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, folders)])
-    assert evaluate.main() == 0
+    assert evaluate.main([str(f) for f in folders]) == 0
     printed = capsys.readouterr()
     assert (tmp_path / "table.md").read_text().strip() in printed.out
     assert (tmp_path / "seeds.md").read_text().startswith("| | class | a | b |\n")
@@ -175,14 +152,12 @@ def test_command_line_writes_table_and_pictures(tmp_path, capsys, monkeypatch):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_an_unfinished_run_is_one_sentence(tmp_path, capsys, monkeypatch):
+def test_an_unfinished_run_is_refused(tmp_path, capsys):
     folder = fake_run(tmp_path / "a", "sear", 1, 0.9)
-    lines = (folder / "eval.jsonl").read_text().splitlines(keepends=True)
-    (folder / "eval.jsonl").write_text("".join(line for line in lines if '"before"' in line))
+    before = [row for row in checkpoint.rows(folder / "eval.jsonl") if row["stage"] == "before"]
+    checkpoint.write_rows(folder / "eval.jsonl", before)
     with pytest.raises(InputError, match="no row of stage 'after'"):
         read_runs([folder])
-    monkeypatch.setattr("sys.argv", ["evaluate.py", str(folder)])
-    assert evaluate.main() == 2
+    assert evaluate.main([str(folder)]) == 2
     assert "the run is not finished" in capsys.readouterr().err
-    monkeypatch.setattr("sys.argv", ["evaluate.py", str(tmp_path / "nowhere")])
-    assert evaluate.main() == 2
+    assert evaluate.main([str(tmp_path / "nowhere")]) == 2

@@ -1,25 +1,20 @@
-"""kernels/: the chunked path against the definition in float64, its memory, and every refusal."""
+"""kernels/: the chunked path against the definition in float64, its memory, and every input error."""
 
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from kernels import chunked, reference, segment_logprobs, weighted_logprob  # noqa: E402
+from kernels import chunked, reference, segment_logprobs
 
 NAMES = ("logprob", "entropy", "segment_logprob")
 
 
 def problem(T, D, V, S, seed=0, scale=1.0, masked=0.3, dtype=torch.float32, temperature=1.0, target=None,
             device="cpu"):
-    """Random inputs with a share of unowned rows, whose hidden states, targets and temperatures are
-    garbage."""
+    """Random inputs. A share of the rows is unowned and holds invalid targets and temperatures."""
     rng = torch.Generator().manual_seed(seed)
     hidden, weight = torch.randn(T, D, generator=rng), torch.randn(V, D, generator=rng) * scale / D**0.5
     targets = torch.randint(V, (T,), generator=rng) if target is None else torch.full((T,), target % V)
@@ -34,14 +29,14 @@ def problem(T, D, V, S, seed=0, scale=1.0, masked=0.3, dtype=torch.float32, temp
 
 
 def upstream(T, S, seed=1, device="cpu"):
-    """Random gradients for the three outputs: mixed signs, and exact zeros on a third."""
+    """Random gradients of the three outputs: mixed signs, a third of them exactly 0."""
     rng = torch.Generator().manual_seed(seed)
     grads = [torch.randn(n, generator=rng) * (torch.rand(n, generator=rng) > 0.33) for n in (T, T, S)]
     return [g.to(device) for g in grads]
 
 
 def run(case, backend, grads, wide=False):
-    """Outputs and the gradients of hidden and weight; wide: the definition in float64."""
+    """Outputs, and the gradients of hidden and weight. wide: the definition in float64."""
     rest = case[2:]
     hidden, weight = (x.detach().to(torch.float64 if wide else x.dtype).requires_grad_() for x in case[:2])
     entry = reference.segment_logprobs if wide else partial(segment_logprobs, backend=backend)
@@ -51,7 +46,7 @@ def run(case, backend, grads, wide=False):
 
 
 def close(got, want, tolerance, name):
-    """Largest error relative to the largest true value (or to 1 where that is smaller)."""
+    """Checks the largest error, relative to the largest true value or to 1 if that is larger."""
     if want.numel():
         error = (got.double() - want.double()).abs().max() / want.abs().max().clamp(min=1.0)
         assert error <= tolerance, f"{name}: {error:.1e} > {tolerance:.0e}"
@@ -99,11 +94,11 @@ def test_each_output_alone_has_the_right_gradient(used):
 
 
 def far_below_zero(backend, device="cpu"):
-    """Anything that pads the vocabulary with zeros shows here: exp(0) would dwarf the rest."""
+    """Fails if the vocabulary is padded with zeros: exp(0) would outweigh the rest."""
     case = problem(20, 4, 9, 2, masked=0.0, device=device)
     case[0][:, 0], case[1][:, 0] = 1.0, -50.0
     compare(case, backend)
-    case[1][3, 0] = 40.0  # p(3) = 1: neither a negative entropy nor a positive log-prob may come out
+    case[1][3, 0] = 40.0  # p(3) = 1: rounding must give no negative entropy and no positive log-prob
     case[2][:] = 3
     compare(case, backend)
     out = segment_logprobs(*case, backend)
@@ -119,7 +114,7 @@ def test_half_precision_rounds_only_the_gradients(dtype, tolerance):
     compare(problem(60, 16, 130, 4, dtype=dtype, scale=8.0), "chunked", 2e-5, grad_tolerance=tolerance)
 
 
-def test_fp32_master_weight_is_cast_like_in_the_linear_and_keeps_an_fp32_gradient():
+def test_an_fp32_weight_is_cast_as_in_linear_and_gets_an_fp32_gradient():
     case = problem(60, 16, 130, 4)
     hidden, weight = case[0].bfloat16().requires_grad_(), case[1].requires_grad_()
     got = segment_logprobs(hidden, weight, *case[2:])
@@ -129,7 +124,7 @@ def test_fp32_master_weight_is_cast_like_in_the_linear_and_keeps_an_fp32_gradien
     totals = [sum((o * g).sum() for o, g in zip(out, grads)) for out in (got, want)]
     mine, true = (torch.autograd.grad(total, weight)[0] for total in totals)
     assert mine.dtype == torch.float32
-    close(mine, true, 2e-2, "dweight")  # `true` is rounded to bf16 on its way through the cast; ours is not
+    close(mine, true, 2e-2, "dweight")  # the cast rounds `true` to bf16; ours is not rounded
 
 
 def test_a_tied_head_adds_both_gradients():
@@ -144,7 +139,7 @@ def test_a_tied_head_adds_both_gradients():
     close(gradient("chunked"), gradient("reference"), 1e-5, "dtable")
 
 
-def test_nothing_owned_gives_zeros_that_still_have_a_gradient():
+def test_without_owned_rows_all_outputs_and_gradients_are_zero():
     case = problem(6, 4, 9, 3, masked=1.0)
     for T in (6, 0):
         case[0], case[2], case[3] = case[0][:T], case[2][:T], case[3][:T]
@@ -155,11 +150,11 @@ def test_nothing_owned_gives_zeros_that_still_have_a_gradient():
         assert not hidden.grad.any() and not weight.grad.any() and weight.grad.shape == weight.shape
 
 
-def test_chunk_borders_change_nothing(monkeypatch):
+def test_chunk_sizes_do_not_change_the_result(monkeypatch):
     case, grads = problem(50, 12, 40, 6, temperature="rows"), upstream(50, 6)
     whole = run(case, "chunked", grads)
     monkeypatch.setattr(chunked, "MIN_ROWS", 1)
-    monkeypatch.setattr(chunked, "BLOCK_BYTES", 4 * 40 * 4)  # a chunk of 17 rows is then several blocks
+    monkeypatch.setattr(chunked, "BLOCK_BYTES", 4 * 40 * 4)  # blocks of 4 rows, so that a chunk has several
     for rows in (1, 3, 17, 49):
         monkeypatch.setattr(chunked, "CHUNK_BYTES", 4 * 40 * rows)
         for got, want in zip(sum(run(case, "chunked", grads), []), sum(whole, [])):
@@ -190,46 +185,6 @@ def test_only_what_needs_a_gradient_gets_one():
     assert case[1].grad is not None and case[0].grad is None
 
 
-def weighted(case, backend):
-    """weighted_logprob against the definition: sum, log-probs, both gradients; and a second backward."""
-    T, device = len(case[0]), case[0].device
-    coefficient = upstream(T, 0, device=device)[0]
-    coefficient[case[3] < 0] = float("nan")  # garbage on unowned rows, as everywhere
-    want, dwant = run(case, backend, [coefficient.nan_to_num(), None, None], wide=True)
-    hidden, weight = (x.detach().requires_grad_() for x in case[:2])
-    total, out = weighted_logprob(hidden, weight, *case[2:4], coefficient, *case[4:], backend)
-    close(total, (want[0] * coefficient.nan_to_num()).sum(), 1e-4, "total")
-    for name, got, true in zip(NAMES, out, want):
-        assert not got.requires_grad
-        close(got, true, 2e-5 if case[0].dtype == torch.float32 else 0.1, name)
-    for _ in range(2):
-        got = torch.autograd.grad(-0.5 * total, (hidden, weight), retain_graph=True)
-        for name, mine, true in zip(("dhidden", "dweight"), got, dwant):
-            assert mine.dtype == case[0].dtype
-            close(mine, -0.5 * true, 2e-5 if case[0].dtype == torch.float32 else 2e-2, name)
-
-
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
-def test_weighted_logprob_is_the_weighted_sum_with_its_gradients(backend, monkeypatch):
-    monkeypatch.setattr(chunked, "MIN_ROWS", 1)
-    monkeypatch.setattr(chunked, "CHUNK_BYTES", 4 * 77 * 16)  # several chunks
-    weighted(problem(50, 12, 77, 5, temperature="rows"), backend)
-    weighted(problem(50, 12, 77, 5, masked=1.0), backend)
-    weighted(problem(50, 12, 77, 5, dtype=torch.bfloat16), backend)
-
-
-def test_weighted_logprob_makes_no_gradient_that_nobody_needs(monkeypatch):
-    case = problem(20, 8, 40, 3)
-    case.insert(4, torch.ones(20))
-    made = []
-    monkeypatch.setattr(chunked, "products", lambda *args: made.append(args[-2:]))
-    case[0].requires_grad_()
-    assert weighted_logprob(*case)[0].requires_grad
-    with torch.no_grad():
-        assert not weighted_logprob(*case)[0].requires_grad
-    assert [(dx is None, dw is None) for dx, dw in made] == [(False, True), (True, True)]
-
-
 def test_num_segments_and_segments_without_tokens():
     case = problem(30, 8, 40, 5, masked=0.0)
     case[3] = torch.tensor([3, -1, 1] * 10, dtype=torch.int32)
@@ -241,8 +196,7 @@ def test_num_segments_and_segments_without_tokens():
 
 
 class Largest(TorchDispatchMode):
-    """Records the bytes of the largest tensor that any operation makes, and the peak of all that are
-    alive."""
+    """Records the bytes of the largest tensor that an operation makes, and the peak of all live tensors."""
 
     def __init__(self):
         super().__init__()
@@ -277,17 +231,7 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary():
     buffers = sum(part.nbytes for part in space)
     assert seen.peak < buffers + 6 * T * D * 4 + 2 * V * D * 4 + 20 * T * 8  # rows, gradients and [T] vectors
     assert memory(2 * T, V, D, 0.0).peak - seen.peak < T * V * 4 / 20
-    assert memory(2 * T, V, D, 0.99).peak < seen.peak  # unowned rows are not copied at all
-
-
-def refused(match, change, backend="auto"):
-    case = dict(zip(("hidden", "weight", "targets", "segment", "num_segments", "temperature"),
-                    problem(6, 4, 9, 3, masked=0.0)))
-    case["segment"] = torch.tensor([0, 1, 2, 2, -1, 1])
-    case.update(backend=backend)
-    case.update({name: make(case[name]) for name, make in change.items()})
-    with pytest.raises(ValueError, match=match):
-        segment_logprobs(**case)
+    assert memory(2 * T, V, D, 0.99).peak < seen.peak  # unowned rows are not copied
 
 
 def at(row, value):
@@ -323,18 +267,16 @@ def at(row, value):
     (r"temperature \[6\].*not nan in row 0", dict(temperature=lambda x: at(0, float("nan"))(torch.ones(6)))),
     (r"backend 'cuda'.*auto, reference, chunked, triton", dict(backend=lambda x: "cuda")),
 ])
-def test_bad_input_is_refused_by_name(match, change):
-    refused(match, change)
+def test_bad_input_raises_an_error_that_names_it(match, change):
+    names = "hidden", "weight", "targets", "segment", "num_segments", "temperature"
+    case = dict(zip(names, problem(6, 4, 9, 3, masked=0.0)), backend="auto")
+    case["segment"] = torch.tensor([0, 1, 2, 2, -1, 1])
+    case.update({name: make(case[name]) for name, make in change.items()})
+    with pytest.raises(ValueError, match=match):
+        segment_logprobs(**case)
 
 
-@pytest.mark.parametrize("coefficient", [torch.ones(5), torch.ones(6, dtype=torch.long), 1.0])
-def test_a_bad_coefficient_is_refused_by_name(coefficient):
-    case = problem(6, 4, 9, 3, masked=0.0)
-    with pytest.raises(ValueError, match=r"coefficient .*floats \[6\]"):
-        weighted_logprob(*case[:4], coefficient)
-
-
-def test_garbage_on_unowned_rows_is_not_refused():
+def test_unowned_rows_may_hold_invalid_values():
     case = problem(6, 4, 9, 3, masked=0.0)
     case[3] = torch.tensor([0, 1, 2, 2, -1, 1])
     want = segment_logprobs(*case)

@@ -1,8 +1,8 @@
-"""The Triton kernels compiled for Hopper on a machine without one: registers, shared memory and machine code.
+"""The Triton kernels compiled for GPUs that this machine does not have: spills, load widths, tensor cores.
 
-Run as a program, this file pretends that an sm_90 card is there, lets kernels/segment_logprob.py launch all
-it has, stops each launch once it is compiled, and prints what the compiler made. So what is checked is what
-ships: signatures, types and tile sizes are those of the real calls."""
+Run as a program, this file pretends that a GPU is there, lets kernels/segment_logprob.py launch its kernels,
+stops each launch after compiling, and prints what the machine code contains. So the checked code is the
+shipped code: signatures, types and tile sizes are those of the real calls."""
 
 import importlib.util
 import json
@@ -18,108 +18,139 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-# type of hidden and weight, KB of shared memory on the card, vocabulary (the second fits no tile)
-CASES = [("bfloat16", 227, 151936), ("float16", 227, 151665), ("bfloat16", 99, 151936),
-         ("float32", 99, 151936)]
+SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KB a block: A100; L4, 4090; H100; B200; 5090
+MMA = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
+# compute capability, type of hidden and weight, vocabulary (151665 is a multiple of no tile and not of 16)
+CASES = [(80, "bfloat16", 151936), (80, "float32", 151665), (89, "float16", 151665), (89, "float32", 151936),
+         (90, "bfloat16", 151936), (90, "float32", 151665), (100, "bfloat16", 151936),
+         (100, "float32", 151936), (120, "bfloat16", 151665), (120, "float32", 151936)]
 
 
-def machine_code(kernel) -> dict:
-    """Counts of the instructions that matter, from the disassembly of a compiled kernel."""
+def machine_code(kernel, disassemble: bool) -> dict:
+    """What the compiler made: bytes of stack (spilled registers), shared memory, instructions that matter."""
     import triton
 
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"  # comes with the wheel
+    def cuobjdump(option):
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"  # part of the wheel
+        return subprocess.run([tool, option, file.name], text=True, check=True, capture_output=True).stdout
+
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        text = subprocess.run([tool, "-sass", "-res-usage", file.name], text=True, check=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
-    names = ("STL", "LDL", "HGMMA", "HMMA", "UTMALDG", "UTMASTG")
-    return dict({name: len(re.findall(rf"\b{name}\b", text)) for name in names},
-                stack=int(re.search(r"STACK:(\d+)", text)[1]),
-                shared=kernel.metadata.shared, hash=kernel.hash,
+        stack = int(re.search(r"STACK:(\d+)", cuobjdump("-res-usage"))[1])
+        code = cuobjdump("-sass") if disassemble else ""
+    ptx = kernel.asm["ptx"]
+    return dict(hash=kernel.hash, stack=stack, shared=kernel.metadata.shared,
                 double="f64" in kernel.asm["ttir"],
-                atomics=len(re.findall(r"\b(?:atom|red)\.", kernel.asm["ptx"])))
+                memory=sorted(set(re.findall(r"\b(?:LDG|LDGSTS|STG)\.[A-Z0-9_.]+", code))),
+                mma=sorted({name for name in set(MMA.values()) if name in ptx}),
+                atomics=len(re.findall(r"\b(?:atom|red)\.", ptx)),
+                tma_loads="cp.async.bulk.tensor.2d.shared" in ptx,
+                tma_stores="cp.async.bulk.tensor.2d.global" in ptx)
 
 
-def compile_everything(dtype: torch.dtype, shared: int, vocabulary: int) -> None:
-    """Prints one JSON line for each kernel that the host code launches."""
+def compile_case(path, capability: int, dtype: str, vocabulary: int) -> None:
+    hidden = torch.zeros(4, 64, dtype=getattr(torch, dtype), requires_grad=True)
+    weight = torch.zeros(vocabulary, 64, dtype=hidden.dtype)
+    ids, ones = torch.zeros(4, dtype=torch.long), torch.ones(4)
+    logprob, entropy = path.LogprobEntropy.apply(hidden, weight, ids, ones)
+    if dtype == "bfloat16" and capability < 100:
+        path.forward(hidden.detach()[:1], weight, ids[:1], ones[:1])  # another N must not compile again
+        logprob.sum().backward(retain_graph=True)  # without the entropy's gradient
+        path.segment_sum(logprob.detach(), ids, 1)
+    (logprob + entropy).sum().backward()
+
+
+def compile_everything() -> None:
+    """Prints one JSON line for each launch: the index of its case, the kernel's name, its machine code."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
 
+    case = CASES[0]
     triton.runtime.driver.set_active(SimpleNamespace(
-        get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0,
+        get_current_target=lambda: GPUTarget("cuda", case[0], 32),
+        get_current_device=lambda: case[0],  # one device for each capability: Triton keeps kernels by device
         get_current_stream=lambda device: 0))
-    card = SimpleNamespace(shared_memory_per_block_optin=shared << 10)
-    torch.cuda.get_device_properties = lambda device: card
+    torch.cuda.get_device_capability = lambda device: divmod(case[0], 10)
+    torch.cuda.get_device_properties = lambda device: SimpleNamespace(
+        shared_memory_per_block_optin=SHARED[case[0]] << 10)
     import kernels.segment_logprob as path
 
-    launch = JITFunction.run
+    launch, known = JITFunction.run, {}
 
     def stop_before_launch(self, *args, grid, warmup, **options):
-        compiled = launch(self, *args, grid=grid, warmup=True, **options)
-        print(json.dumps(dict(name=self.__name__, **machine_code(compiled))), flush=True)
+        kernel = launch(self, *args, grid=grid, warmup=True, **options)
+        if kernel.hash not in known:
+            pointers = case[0] < 90 and self.__name__ in ("forward_kernel", "dlogits_kernel")
+            known[kernel.hash] = machine_code(kernel, disassemble=pointers)
+        print(json.dumps([CASES.index(case), self.__name__, known[kernel.hash]]), flush=True)
 
     JITFunction.run = stop_before_launch
-    path.product = lambda *args, **kwargs: None  # cuBLAS is not here
-    hidden = torch.zeros(4, 64, dtype=dtype, requires_grad=True)
-    weight = torch.zeros(vocabulary, 64, dtype=dtype)
-    ids, ones = torch.zeros(4, dtype=torch.long), torch.ones(4)
-    logprob, entropy = path.LogprobEntropy.apply(hidden, weight, ids, ones)
-    if shared == 227:
-        path.forward(hidden.detach()[:1], weight, ids[:1], ones[:1])  # another N: nothing may change
-        logprob.sum().backward(retain_graph=True)  # without the entropy's gradient
-        path.segment_sum(logprob.detach(), ids, 1)
-    (logprob + entropy).sum().backward()
-    if dtype != torch.float16:
-        path.Weighted.apply(hidden, weight, ids, ones, ones)
+    path.matmul_into = lambda *args, **kwargs: None  # cuBLAS needs the GPU
+    for case in CASES:
+        compile_case(path, *case)
 
 
 @pytest.fixture(scope="module")
 def compiled():
-    """For each case the kernels it launches; the cases compile side by side, about 20 s on two cores."""
-    if importlib.util.find_spec("triton") is None:  # importorskip would import it: too early to interpret
-        pytest.skip("no Triton here")
+    """For each case its launches as (name, machine code). 20 s; less once Triton has cached the kernels."""
+    if importlib.util.find_spec("triton") is None:  # importing it here would be too early for the interpreter
+        pytest.skip("Triton is not installed")
     clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    running = {case: subprocess.Popen([sys.executable, __file__, *map(str, case)], env=clean, text=True,
-                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE) for case in CASES}
-    done = {case: process.communicate(timeout=300) for case, process in running.items()}
-    for case, process in running.items():
-        assert process.returncode == 0, done[case][1][-3000:]  # the end of what it wrote to stderr
-    return {case: [json.loads(line) for line in out.splitlines()] for case, (out, _) in done.items()}
+    done = subprocess.run([sys.executable, __file__], env=clean, text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    launches = {case: [] for case in CASES}
+    for index, name, code in map(json.loads, done.stdout.splitlines()):
+        launches[CASES[index]].append((name, code))
+    return launches
+
+
+def allowed_stack(capability, dtype, name) -> int:
+    if capability == 100 and dtype == "bfloat16" and name == "forward_kernel":
+        return 24  # six registers in Triton 3.9.0, none in the product's loop: two are reloaded once a tile
+    return 8 if capability == 120 else 0  # Triton 3.6.0 stores 8 bytes that it never reads
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
-def test_no_spills_wgmma_tma_and_room_in_shared_memory(compiled, case):
-    kernels = compiled[case]
-    assert {"forward_kernel", "combine_kernel", "dlogits_kernel"} <= {kernel["name"] for kernel in kernels}
-    for kernel in kernels:
-        assert kernel["STL"] == kernel["LDL"] == kernel["stack"] == 0, f"registers spill: {kernel}"
-        assert kernel["shared"] <= case[1] << 10, kernel
-        assert not kernel["double"], f"a Python float got in: {kernel}"
-        assert not kernel["atomics"], f"their order is not fixed: {kernel}"
-        if kernel["name"] in ("forward_kernel", "dlogits_kernel"):
-            assert kernel["HGMMA"] and not kernel["HMMA"], f"not on Hopper's tensor cores: {kernel}"
-            assert kernel["UTMALDG"], f"no TMA loads: {kernel}"
-        if kernel["name"] == "dlogits_kernel":
-            assert kernel["UTMASTG"], f"no TMA stores: {kernel}"
+def test_no_spills_tensor_cores_and_wide_loads(compiled, case):
+    capability, dtype, vocabulary = case
+    assert {"forward_kernel", "combine_kernel", "dlogits_kernel"} <= {name for name, _ in compiled[case]}
+    for name, code in compiled[case]:
+        assert code["stack"] <= allowed_stack(capability, dtype, name), f"registers spill: {name} {code}"
+        assert code["shared"] <= SHARED[capability] << 10, (name, code)
+        assert not code["double"], f"{name} computes in fp64: a Python float reached it"
+        assert not code["atomics"], f"{name} has atomics, whose order is not fixed"
+        if name not in ("forward_kernel", "dlogits_kernel"):
+            continue
+        assert code["mma"] == [MMA[capability]], (name, code)
+        if capability >= 90:
+            assert code["tma_loads"] and code["tma_stores"] == (name == "dlogits_kernel"), (name, code)
+        else:  # asynchronous copies of 16 bytes a thread, and no others; no load of 2 bytes
+            copies = [copy for copy in code["memory"] if copy.startswith("LDGSTS")]
+            assert copies and all(copy.endswith(".128") for copy in copies), (name, code)
+            assert not any(load.startswith("LDG.E.U") for load in code["memory"]), (name, code)
+            if name == "dlogits_kernel" and vocabulary % 16 == 0:
+                assert "STG.E.128" in code["memory"], code
 
 
 def test_every_kernel_was_compiled(compiled):
     source = (ROOT / "kernels/segment_logprob.py").read_text()
     shipped = set(re.findall(r"^def (\w+_kernel)\(", source, re.M))
-    assert shipped == {kernel["name"] for kernels in compiled.values() for kernel in kernels}
-    bf16 = [kernel["name"] for kernel in compiled[CASES[0]]]
+    assert shipped == {name for launches in compiled.values() for name, _ in launches}
+    bf16 = [name for name, _ in compiled[90, "bfloat16", 151936]]
     assert bf16.count("dlogits_kernel") == 2  # with the entropy's gradient and without
 
 
-def test_one_compilation_serves_every_number_of_rows(compiled):
-    """Else a row alone could have other bits than in a batch, from code that was compiled differently."""
-    for name in ("forward_kernel", "combine_kernel"):
-        hashes = [kernel["hash"] for kernel in compiled[CASES[0]] if kernel["name"] == name]
-        assert len(hashes) == 2 and len(set(hashes)) == 1
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("name", ["forward_kernel", "combine_kernel"])
+def test_one_compilation_serves_every_number_of_rows(compiled, name, capability):
+    """Differently compiled code could give a row other bits alone than in a batch."""
+    launches = compiled[capability, "bfloat16", 151936]
+    hashes = [code["hash"] for launched, code in launches if launched == name]
+    assert len(hashes) == 2 and len(set(hashes)) == 1
 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    compile_everything(getattr(torch, sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    compile_everything()

@@ -1,5 +1,9 @@
-"""What the README promises: commands that run, numbers that the code made, files that are there."""
+"""README and docs: commands run, numbers are those of the code, files exist. Also the house rules.
+
+python tests/test_readme.py writes the generated blocks of README.md again.
+"""
 import ast
+import inspect
 import json
 import os
 import re
@@ -8,164 +12,379 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
+from statistics import mean
 
 import pytest
+import torch
 from helpers import ROOT, ranks_table
 
-import alchemy
+import alchemy.world as alchemy
 import evaluate
-import guards
-import parallel
+import judges
 import rewards
 import sear
-from model import Transformer
+from judges import guards
+from lib import checkpoint, parallel
+from lib.data import Prompt
 
 README = (ROOT / "README.md").read_text()
-CORE = ("sear", "model", "rollout", "rewards", "judges", "guards", "data", "alchemy", "evaluate", "checkpoint", "inputs",
-        "parallel")
+PAGES = {"README.md": README} | {f"docs/{p.name}": p.read_text() for p in sorted(ROOT.glob("docs/*.md"))}
 ENVIRONMENT = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-SHORT = ("--warm-start-steps 2 --warm-start-batch 2 --steps 2 --prompts-per-step 2 --group-size 2 --eval-prompts 1 "
-         "--max-new-tokens 12").split()
+SHORT = "--steps 2 --prompts-per-step 2 --group-size 2 --eval-prompts 1 --max-new-tokens 12".split()
+SEEDS = (1, 2, 3)
+ORDER = "lib model rollout alchemy judges rewards evaluate warmstart sear".split()  # imports point left
+LAYER = {name: i for i, name in enumerate(ORDER)} | {"kernels": 0}
+SOURCES = [p for p in sorted(ROOT.rglob("*.py"))
+           if not any(part in ("tests", "runs") or part[0] == "." for part in p.relative_to(ROOT).parts)]
 
 
-def commands():
-    """Command lines of the README's bash blocks, comments left out."""
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
-    return [shlex.split(line, comments=True) for block in blocks for line in block.splitlines() if line.strip()]
+# ---- generated blocks of the README ----------------------------------------------------------------------
+
+def saved_runs(folder="results"):
+    """{(objective, seed): run}, as evaluate.read_runs gives them, from the rows in the repository."""
+    runs = {}
+    for row in checkpoint.rows(ROOT / folder / "rows.jsonl"):
+        key = row["objective"], row["seed"]
+        run = dict(name="{}-seed{}".format(*key), objective=key[0], seed=key[1], rows=[], metrics=[])
+        runs.setdefault(key, run)["rows"].append(row)
+    return runs
 
 
-def test_every_command_of_the_readme_is_one_that_the_code_takes():
-    seen = set()
-    for words in commands():
-        if words[0] == "./train.sh":
-            if words[1:] and words[1] in ("test", "ablations"):
-                seen.add(words[1])
-                continue
-            flags = words[1:]
-        elif "sear.py" in words:
-            flags = words[words.index("sear.py") + 1:]
-        elif "rewards.py" in words:
-            rewards.parse(words[words.index("rewards.py") + 1:])
-            seen.add("judge")
-            continue
-        else:
-            assert words[1:2] == ["evaluate.py"], words
-            continue
-        if "--resume" in flags:
-            continue  # needs the folder; test_run.py resumes
+def output_block():
+    """What the default run prints at its end, cut to three lines."""
+    lines = evaluate.table(evaluate.columns_of([saved_runs()["sear", 1]])).splitlines()
+    kept = ("refuses harmful | harmful", "(over-refusal) | ambiguous", "unsafe under hijack | harmful")
+    return "\n".join(["```", lines[0], *(line for line in lines if any(k in line for k in kept)), "```"])
+
+
+def rollout_block():
+    """A rollout of the last step of a default run, with the potentials and returns that the code gives it."""
+    prompt = alchemy.request("wax moss chalk reed arsenic".split())
+    thought = [*alchemy.worked_lines(alchemy.chain_of(prompt.prompt)), alchemy.TALK]
+    potential = judges.alchemy_judge().potential([prompt], [["", *thought]])  # [1, K + 1]
+    exists = torch.ones(1, len(thought), dtype=torch.bool)
+    returns = rewards.process_returns(potential, exists, torch.zeros(1), sear.Config.gamma)[0].tolist()
+    phi = potential[0].tolist()
+    lines = [f"{prompt.prompt:43s}Φ    r    R"]
+    for k, text in enumerate(thought):
+        text = text.strip() + " </think>" * (k == len(thought) - 1)
+        lines.append(f"z{k + 1} {text:38s} {phi[k + 1]:.2f} {phi[k + 1] - phi[k]:.2f} {returns[k]:.2f}")
+    verdict = judges.alchemy_judge().verdict([prompt], [""], [alchemy.REFUSAL])
+    reward = rewards.answer_reward(verdict, torch.tensor([prompt.label == "harmful"])).item()
+    return "\n".join(["```", *lines, f"a  {alchemy.REFUSAL:49s}{reward:.2f}", "```"])
+
+
+RESULTS = (  # title, attack, rate, classes
+    ("refuses harmful", "none", "refusal", evaluate.HARMFUL),
+    ("over-refuses ambiguous", "none", "refusal", ("ambiguous",)),
+    ("helps with harmless", "none", "helpful", evaluate.HARMLESS),
+    ("explores harmful", "none", "explored", evaluate.HARMFUL),
+    *((f"unsafe, {attack}", attack, "unsafe", evaluate.HARMFUL)
+      for attack in ("prefill", "hijack", "hijack-short")))
+
+
+def results_block():
+    """Markdown table in percent: mean [min, max] over the seeds."""
+    runs = saved_runs()
+    columns = {"start": ("sear", "before")} | {objective: (objective, "after") for objective, _ in runs}
+    lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+    for title, attack, rate, classes in RESULTS:
+        cells = []
+        for objective, stage in columns.values():
+            found = [[row[rate] for row in runs[objective, seed]["rows"] if row["class"] in classes
+                      and (row["stage"], row["attack"]) == (stage, attack)] for seed in SEEDS]
+            seeds = [100 * mean(values) for values in found]
+            cells.append(f"{mean(seeds):.0f} [{min(seeds):.0f}, {max(seeds):.0f}]")
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+READING_ORDER = {
+    "sear.py": "knobs, objectives, advantages, loss, the loop",
+    "rewards.py": "potentials and rewards from verdicts",
+    "rollout.py": "KV-cached sampling, segments, forced answers",
+    "model.py": "Llama, Qwen2, Qwen3, Mistral",
+    "evaluate.py": "attacks, rates, tables, pictures",
+    "warmstart.py": "what RL begins from",
+    "alchemy/": "the embedded world",
+    "judges/": "verifier, rules, guards, reward models",
+    "kernels/": "log-probs without stored logits",
+    "lib/": "tokenizer, prompt files, run folder, ranks"}
+
+
+def lines_of(name):
+    path = ROOT / name
+    return sum(p.read_text().count("\n") for p in (path.glob("*.py") if path.is_dir() else [path]))
+
+
+def sizes_block():
+    lines = [f"{name:12s}{round(lines_of(name), -1):5d}  {what}" for name, what in READING_ORDER.items()]
+    return "\n".join(["```", *lines, "```"])
+
+
+BLOCKS = {"output": output_block, "rollout": rollout_block, "results": results_block, "sizes": sizes_block}
+
+
+def block(name, text=README):
+    return re.search(rf"<!-- {name} -->\n(.*?)\n?<!-- /{name} -->", text, re.S)[1]
+
+
+def write_blocks():
+    text = README
+    for name, make in BLOCKS.items():
+        head, _, rest = text.partition(f"<!-- {name} -->\n")
+        text = f"{head}<!-- {name} -->\n{make()}\n<!-- /{name} -->{rest.partition(f'<!-- /{name} -->')[2]}"
+    (ROOT / "README.md").write_text(text)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_generated_blocks_of_the_readme(name):
+    """On a difference: python tests/test_readme.py. A size may be off by a tenth."""
+    found, made = block(name), BLOCKS[name]()
+    if name != "sizes":
+        assert found == made
+        return
+    for old, new in zip(found.splitlines()[1:-1], made.splitlines()[1:-1], strict=True):
+        (old_name, old_size, *old_text), (new_name, _, *new_text) = old.split(), new.split()
+        assert (old_name, old_text) == (new_name, new_text)
+        assert int(old_size) == pytest.approx(lines_of(old_name), rel=0.1), old_name
+    listed = {ROOT / name for name in READING_ORDER}
+    assert all(source in listed or source.parent in listed for source in SOURCES)
+
+
+def test_size_of_the_readme():
+    assert len(README.encode()) <= 10_240 and len(README.split()) <= 1_800
+    lines = README.splitlines()
+    assert len(lines) <= 200 and max(map(len, lines)) <= 120
+
+
+# ---- commands --------------------------------------------------------------------------------------------
+
+def commands(text):
+    """Commands of the bash blocks, in words, without comments and environment variables."""
+    for lines in re.findall(r"```bash\n(.*?)```", text, re.S):
+        for line in lines.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            while words:
+                end = words.index("&&") if "&&" in words else len(words)
+                yield [w for w in words[:end] if not re.match(r"[A-Z_]+=", w)]
+                words = words[end + 1:]
+
+
+def check_command(words, capsys):
+    """Runs the parser that the command would reach. -> what kind of command it is."""
+    scripts = [w for w in words if w.endswith(".py") or w == "./train.sh"]
+    if words[:2] == ["pip", "install"]:
+        assert "-r" not in words or (ROOT / words[words.index("-r") + 1]).exists()
+        return "pip"
+    script, flags = scripts[0], words[words.index(scripts[0]) + 1:]
+    assert (ROOT / script).exists(), words
+    if script == "./train.sh" and flags[:1] in (["test"], ["ablations"]):
+        return flags[0]
+    if script in ("./train.sh", "sear.py"):
+        resumed = flags[flags.index("--resume") + 1] if "--resume" in flags else "auto"
+        if resumed != "auto":
+            checkpoint.write(Path(resumed, "config.json"), json.dumps(asdict(sear.Config())))
         sear.parse(flags)
-        seen.add("train")
-    assert {"train", "test", "judge"} <= seen and "`./train.sh ablations`" in README
+    elif script == "rewards.py":
+        rewards.parse(flags)
+    elif script == "evaluate.py":  # its parser took the flags if a file is what it misses
+        assert evaluate.main(flags) == 2 and "config.json" in capsys.readouterr().err
+    return script
+
+
+def test_commands_of_readme_and_docs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    seen = {name: [check_command(words, capsys) for words in commands(text)] for name, text in PAGES.items()}
+    assert {"test", "ablations", "rewards.py", "evaluate.py"} <= set(seen["README.md"])
+    assert seen["README.md"][:3] == ["./train.sh", "pip", "sear.py"]
     assert "./train.sh test" in (ROOT / ".ci/run").read_text()
 
 
-def test_the_judge_file_of_the_readme_is_one(tmp_path):
-    (tmp_path / "judge.json").write_text(re.search(r"```json\n(.*?)```", README, re.S)[1])
-    spec = guards.read_spec(tmp_path / "judge.json")
-    assert [q["read"] for q in spec["ask"]] == ["unsafe", "refusal"] and "{answer}" in spec["messages"][0]["content"]
-    assert f"from {rewards.SAFE_ENOUGH} on" in README and f"less than {guards.LEAST_MASS} of the probability" in README
-    for label in rewards.RESPONSE_LABELS:
-        assert f"`{label}`" in README
+def run(*command, **options):
+    return subprocess.run([str(w) for w in command], env=ENVIRONMENT, capture_output=True, text=True,
+                          timeout=150, stdin=subprocess.DEVNULL, **options)
 
 
-def test_train_sh_trains_through_torchrun_and_passes_exit_codes_on(tmp_path):
-    def train(*flags):
-        return subprocess.run(["./train.sh", *flags], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True,
-                              timeout=150, stdin=subprocess.DEVNULL)
-    done = train(*SHORT, "--out", str(tmp_path / "run"))
+def test_train_sh_trains_and_passes_exit_codes_on(start, tmp_path):
+    done = run("./train.sh", *SHORT, "--model", start, "--out", tmp_path / "run", cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "| refuses harmful | harmful |" in done.stdout and (tmp_path / "run/model/config.json").exists()
-    bad = train("--steps", "-1")
-    assert bad.returncode == 2 and bad.stderr.strip() == "sear.py: --steps must be a number, at least 0, got -1"
+    bad = run("./train.sh", "--steps", "-1", cwd=ROOT)
+    assert bad.returncode == 2
+    assert bad.stderr.strip() == "sear.py: --steps must be a number, at least 0, got -1"
+
+
+def test_torchrun_trains_from_any_folder(start, tmp_path):
+    torchrun = Path(sys.executable).with_name("torchrun")
+    done = run(torchrun, ROOT / "sear.py", *SHORT, "--model", start, "--eval-prompts", "0", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs/sear-seed1/model/config.json").exists()
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_train_sh_hands_signals_to_the_workers(tmp_path, number, code):
-    process = subprocess.Popen(["./train.sh", *SHORT, "--steps", "4000", "--out", str(tmp_path / "run")], cwd=ROOT,
-                               env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True)
+def test_train_sh_passes_signals_to_its_workers(start, tmp_path, number, code):
+    flags = (*SHORT, "--steps", "4000", "--eval-prompts", "0", "--model", start, "--out", tmp_path / "run")
+    process = subprocess.Popen(["./train.sh", *map(str, flags)], cwd=ROOT, env=ENVIRONMENT, text=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
     log, end = tmp_path / "run/metrics.jsonl", time.time() + 100
-    while not (log.exists() and log.read_text()) and time.time() < end:
+    while not (log.exists() and log.read_text()) and process.poll() is None and time.time() < end:
         time.sleep(0.05)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code and "stopped and saved" in errors and "Traceback" not in errors
 
 
-def test_the_results_table_is_what_the_code_made_of_the_runs():
+# ---- numbers, formats and files --------------------------------------------------------------------------
+
+def test_results_tables_are_made_from_the_saved_rows():
     for folder, objectives in (("results", sear.OBJECTIVES), ("results/rare-talk", ("sear", "outcome"))):
-        runs = {}
-        for line in (ROOT / folder / "rows.jsonl").read_text().splitlines():
-            row = json.loads(line)
-            key = (row["objective"], row["seed"])
-            runs.setdefault(key, dict(objective=key[0], seed=key[1], rows=[]))["rows"].append(row)
-        assert set(runs) == {(o, s) for o in objectives for s in (1, 2, 3)}
+        runs = saved_runs(folder)
+        assert set(runs) == {(o, s) for o in objectives for s in SEEDS}
         made = evaluate.table(evaluate.columns_of(list(runs.values())))
         assert made == (ROOT / folder / "table.md").read_text().strip()
-        assert folder != "results" or made == re.search(r"<!-- results -->\n(.*?)\n<!-- /results -->", README, re.S)[1].strip()
-    for picture in re.findall(r"!\[.*?\]\((.*?)\)", README):
-        assert (ROOT / picture).read_bytes().startswith(b"\x89PNG")
-    assert "results/tradeoff.png" in README and "results/curves.png" in README
+        assert folder != "results" or made == block("results", PAGES["docs/results.md"])
 
 
-def test_figures_in_the_text():
-    d = sear.CHECKPOINT_DEFAULTS
+def test_figures_in_the_text(world):
+    d, c = sear.CHECKPOINT_DEFAULTS, sear.Config()
     assert (d["learning_rate"], d["beta"], d["temperature"], d["max_new_tokens"]) == (1e-6, 0.001, 0.6, 4096)
-    assert "learning rate 1e-6, β 0.001, temperature 0.6, 4,096 new tokens" in README
+    assert (c.steps, c.gamma, c.seed, rewards.SAFE_ENOUGH, rewards.MALFORMED) == (300, 1, 1, 0.9, -1)
     assert (len(alchemy.REAGENTS), len(alchemy.HAZARDS), alchemy.CHAIN) == (20, 4, 5)
-    assert "20 reagents, 4 of them hazards" in README and "names five reagents" in README
-    assert "one prompt in ten is held out" in README
+    assert alchemy.TALK_WEIGHT == 0.15
+    assert round(sum(p.numel() for p in world[2].parameters()), -4) == 280_000
+    flat = " ".join(README.split())
+    for phrase in ("learning rate 1e-6, β 0.001, temperature 0.6, 4,096 new tokens", "for 300 steps",
+                   "With γ = 1", "counted as 1 from 0.9 on", "earns −1", "any two of 20 reagents",
+                   "4 of them are hazards", "five reagents", "85 % is the share of the chain",
+                   "0.28 M parameters", "one in ten is held out"):
+        assert phrase in flat, phrase
+    held_out = [evaluate.held_out(Prompt(str(i), "harmful")) for i in range(1000)]
+    assert 70 < sum(held_out) < 130
 
 
-def test_what_ranks_cost_is_computed_by_the_formulas_of_the_readme():
-    shown = re.search(r"<!-- ranks -->\n(.*?)\n<!-- /ranks -->", README, re.S)[1]
-    assert shown == ranks_table()
-    for formula in ("22 P", "20 P / N + the larger of 2 B + 4 R + 2 H", "12 R + 10 B / L", "· 8 P",
-                    "[2 B + 8 R + M (6 B + 4 R + 4 P)]"):
-        assert formula in README
-    assert f"within {parallel.SILENCE + 2 * parallel.PULSE + 1:.0f} seconds" in README
+def test_costs_in_docs_ranks():
+    text = PAGES["docs/ranks.md"]
+    assert block("ranks", text) == ranks_table()
+    for phrase in ("22 P", "20 P / N + the larger of 2 B + 4 R + 2 H", "12 R + 10 B / L", "· 8 P",
+                   "[2 B + 8 R + M (6 B + 4 R + 4 P)]", f"wait {parallel.TIMEOUT:.0f} seconds",
+                   "The third such"):
+        assert phrase in text, phrase
+    assert checkpoint.MAX_BAD_STEPS == 3
 
 
-def test_the_start_model_is_as_small_as_the_readme_says(world):
-    assert 0.275e6 < sum(p.numel() for p in Transformer.from_scratch(world[0], 1).parameters()) < 0.285e6
-    assert "0.28 M parameters" in README
+def test_judge_files_and_labels_in_docs_judges(tmp_path):
+    text = PAGES["docs/judges.md"]
+    files = re.findall(r"```json\n(.*?)```", text, re.S)
+    assert files
+    for content in files:
+        checkpoint.write(tmp_path / "judge.json", content)
+        spec = guards.read_spec(tmp_path / "judge.json")
+        assert {q["read"] for q in spec["ask"]} <= set(guards.READS)
+    for label in rewards.RESPONSE_LABELS:
+        assert f"`{label}`" in text
+    for number in (rewards.SAFE_ENOUGH, guards.LEAST_MASS):
+        assert str(number) in text
 
 
-def test_file_map_and_house_rules():
-    listed = re.search(r"## 4. The files\n\n```\n(.*?)```", README, re.S)[1]
-    named = [line.split()[0] for line in listed.splitlines()]
-    assert named[:len(CORE)] == [f"{m}.py" for m in CORE]
-    assert all((ROOT / name).exists() for name in named)
-    for path in [ROOT / f"{m}.py" for m in CORE] + sorted((ROOT / "kernels").glob("*.py")):
-        source = path.read_text()
-        assert source.count("\n") <= 450, path
-        assert max(map(len, source.split("\n"))) <= 110, path
-        for node in ast.walk(ast.parse(source)):
+def test_the_judge_of_the_readme_judges():
+    source = next(s for s in re.findall(r"```python\n(.*?)```", README, re.S) if "JUDGES" in s)
+    names = vars(judges) | {"JUDGES": {}}
+    exec(source, names)
+    judge = names["JUDGES"]["words"]()
+    prompts = [Prompt("p", "harmful"), Prompt("q", "harmless")]
+    verdict = judge.verdict(prompts, ["", ""], ["Mix it.", "I cannot"])
+    assert verdict.unsafe.tolist() == [0.25, 0] and verdict.refusal.tolist() == [0, 1]
+    assert rewards.answer_reward(verdict, torch.tensor([True, False])).tolist() == [0.75, 0]
+    assert judge.potential(prompts, [["Mix ", "Mix"], ["no"]])[0].tolist() == [0.25, 0.5]
+
+
+def test_the_objective_of_the_readme_fits_into_thought_returns():
+    source = next(s for s in re.findall(r"```python\n(.*?)```", README, re.S) if "elif objective" in s)
+    tree = ast.parse("if objective:\n    pass\n" + re.sub("(?m)^    ", "", source))
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - {"torch"}
+    assert used <= {*sear.thought_returns.__code__.co_varnames} and "OBJECTIVES" in README
+
+
+def test_links_and_files_named_in_the_text_exist():
+    for name, text in PAGES.items():
+        folder = (ROOT / name).parent
+        prose = re.sub(r"```.*?```", "", text, flags=re.S)
+        for link in re.findall(r"\]\((?!http)([^)\s]+)\)", prose):
+            path, _, anchor = link.partition("#")
+            target = folder / path if path else ROOT / name
+            assert target.exists(), f"{name}: {link}"
+            headings = [re.sub(r"[^\w -]", "", h).strip().lower().replace(" ", "-")
+                        for h in re.findall(r"^#+ (.*)$", target.read_text(), re.M)] if anchor else []
+            assert not anchor or anchor in headings, f"{name}: {link}"
+        for path in re.findall(r"`(?:python )?([\w./-]+\.(?:py|sh|md|cff)|\w+/(?:\w+/)*)`", prose):
+            known = ("start/", "model/", "checkpoint/", "warm/")  # of a run folder
+            assert path in known or (ROOT / path).exists() or (folder / path).exists(), f"{name}: {path}"
+        for picture in re.findall(r"!\[.*?\]\((.*?)\)", text):
+            assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_citations_agree_with_citation_cff():
+    cff = (ROOT / "CITATION.cff").read_text()
+    for title, year in re.findall(r"title=\{(.*?)\}.*?year=\{(\d+)\}", README, re.S):
+        assert title in cff and year == "2026"
+    assert "2606.31748" in cff and "MIT" in cff and (ROOT / "LICENSE").read_text().startswith("MIT License")
+
+
+# ---- equations and house rules ---------------------------------------------------------------------------
+
+def test_equations_have_the_same_numbers_in_readme_and_code():
+    equations = re.findall(r"^\*\*\((\d)\)\*\*(.*?)\n\n", README, re.S | re.M)
+    assert [n for n, _ in equations] == list("1234567")
+    modules = {"rewards.py": rewards, "sear.py": sear}
+    for number, text in equations:
+        named = re.findall(r"`([\w.]+): (\w+)`", text)
+        assert named, number
+        sources = [inspect.getsource(getattr(modules[file], function)) for file, function in named]
+        assert any(f"({number})" in source for source in sources), number
+
+
+def test_sizes_of_files_and_functions():
+    for path in SOURCES:
+        lines = path.read_text().splitlines()
+        assert len(lines) <= 420, f"{path} has {len(lines)} lines"
+        long = [i for i, line in enumerate(lines, 1) if len(line) > 110]
+        assert not long, f"{path}: more than 110 columns in lines {long}"
+        for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno < 60, (path, node.name)
-            assert not (isinstance(node, ast.ExceptHandler) and node.type is None), path
+                assert node.end_lineno - node.lineno + 1 <= 55, f"{path}: {node.name}"
+
+
+def test_total_size():
+    total = sum(p.read_text().count("\n") for p in SOURCES if "kernels" not in p.parts)
+    assert total <= 4_200, total  # 3,300 was the aim of the move; the readers of lib/ came with it
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module.split(".")[0]
 
 
 def test_imports_point_one_way():
-    order = {"data": 0, "kernels": 0, "parallel": 1, "model": 2, "checkpoint": 2, "rollout": 3, "alchemy": 4, "guards": 4,
-             "judges": 5, "rewards": 6, "evaluate": 7, "inputs": 8, "sear": 9}
-    for name in CORE:
-        for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
-            found = [a.name for a in node.names] if isinstance(node, ast.Import) else (
-                [node.module or ""] if isinstance(node, ast.ImportFrom) else [])
-            for module in found:
-                if module in order:
-                    assert order[module] < order[name], f"{name} imports {module}"
-    for path in (ROOT / "kernels").glob("*.py"):
-        assert not re.search(rf"^(from|import) ({'|'.join(CORE)})\b", path.read_text(), re.M), path
+    for path in SOURCES:
+        own = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        for name in set(imported(path)) & LAYER.keys() - {own}:
+            assert LAYER[name] < LAYER[own], f"{path.relative_to(ROOT)} imports {name}"
 
 
-def test_equations_have_the_numbers_of_the_readme():
-    numbered = re.findall(r"^\*\*\((\d)\)\*\*", README, re.M)
-    assert numbered == list("1234567")
-    code = {m: (ROOT / f"{m}.py").read_text() for m in ("rewards", "sear")}
-    for n in "2345":
-        assert re.search(rf"# \({n}\)", code["rewards"]), n
-    assert "Equation (1)" in code["rewards"] and "# (6)" in code["sear"] and "# (7)" in code["sear"]
-    assert Path(ROOT / "requirements.txt").read_text().startswith("torch==2.13.0\n")
+def test_model_and_kernels_know_nothing_of_rl():
+    for path in [ROOT / "model.py", *(ROOT / "kernels").glob("*.py")]:
+        assert not re.search("advantage|policy|rollout|judge", path.read_text(), re.I), path
+
+
+def test_requirements_name_the_tested_torch():
+    assert (ROOT / "requirements.txt").read_text().startswith("torch==2.13.0 ")
+
+
+if __name__ == "__main__":
+    write_blocks()

@@ -4,11 +4,11 @@ import pytest
 import torch
 from helpers import made_rollouts
 
-import alchemy
-from data import InputError, Prompt
+import alchemy.world as alchemy
 from judges import Judge, Verdict, load_judge, rules_judge
+from lib.data import InputError, Prompt
 from rewards import answer_reward, process_returns, score
-from rollout import CLOSE, encode_chat, sample
+from rollout import CLOSE, encode_prompt, sample
 
 nan = math.nan
 
@@ -49,7 +49,6 @@ def test_shaping_of_the_answers_reward():
     unsafe = torch.tensor([0.0, 0.05, 0.1, 0.11, 0.5, 1.0])
     judged = Verdict(unsafe, torch.zeros(6), torch.zeros(6))
     assert close(answer_reward(judged, torch.ones(6, dtype=torch.bool)), [1.0, 1.0, 1.0, 0.89, 0.5, 0.0])
-    assert close(answer_reward(judged, torch.ones(6, dtype=torch.bool), 1.0), (1 - unsafe).tolist())
     both = Verdict(torch.zeros(4), torch.tensor([0.25, 0.25, nan, nan]), torch.tensor([0.8, nan, 0.8, nan]))
     assert close(answer_reward(both, torch.zeros(4, dtype=torch.bool)), [0.6, 0.75, 0.8, nan])
 
@@ -89,7 +88,7 @@ def test_on_harmless_prompts_the_players_cooperate(world):
     prompts, r = world_rollouts(world, texts, 2, "harmless")
     s = score(load_judge("alchemy"), prompts, r, 1.0)
     assert close(s.answer, [0.0, 1.0]) and close(s.past, [0.0, 1.0])
-    assert close(s.process, [[1.0, 0.75, 0.5, 0.25], [2.0, 1.75, 1.5, 1.25]])  # the thought is paid for it too
+    assert close(s.process, [[1.0, 0.75, 0.5, 0.25], [2.0, 1.75, 1.5, 1.25]])  # the thought earns it too
     prompts, r = world_rollouts(world, texts, 2)  # harmful: they compete, and only progress pays
     s = score(load_judge("alchemy"), prompts, r, 1.0)
     assert close(s.past, [0.0, 0.0]) and torch.equal(s.process[0], s.process[1])
@@ -109,7 +108,7 @@ def test_probe_potential_is_what_the_judge_says_of_forced_answers(world):
     """Nearly greedy sampling: every forced answer can be had again by prefilling the thought so far."""
     _, tokenizer, model = world
     prompts = alchemy.requests(4, 2)
-    tokens = [encode_chat(tokenizer, p.prompt) for p in prompts]
+    tokens = [encode_prompt(tokenizer, p.prompt) for p in prompts]
     seen = []
 
     def verdict(asked, thoughts, answers, reduce=None):
@@ -129,7 +128,7 @@ def test_probe_potential_is_what_the_judge_says_of_forced_answers(world):
         each = [prompts[i] for i in r.prompt.tolist()]
         cold = dict(model=model, tokenizer=tokenizer, max_new_tokens=5, temperature=1e-6, seed=1, step=0,
                     prompt_ids=[0, 1, 2, 3])
-        s = score(judge, each, r, 1.0, dict(samples=2, forcing=cold))
+        s = score(judge, each, r, 1.0, dict(samples=2, **cold))
         assert s.potential.shape == (8, 4) and s.extra_tokens > 0
         value = len("d") % 7 / 7
         for b in range(8):

@@ -1,3 +1,4 @@
+"""Equations (6) and (7), the gradient of a whole batch, and the command line."""
 import dataclasses
 import math
 import re
@@ -5,26 +6,36 @@ import re
 import pytest
 import torch
 from helpers import FIXTURES, ROOT, made_rollouts
+from torch.utils._python_dispatch import TorchDispatchMode
 
-import alchemy
+import alchemy.world as alchemy
 import sear
-from data import InputError, Tokenizer
-from kernels import segment_logprobs
-from model import Transformer
 from judges import Verdict, load_judge
+from kernels import segment_logprobs
+from lib.data import InputError
+from lib.tokenizer import Tokenizer
+from model import Transformer
 from rewards import Scores, score
-from rollout import CLOSE, encode_chat, micro_batches, sample
-from sear import Config, accumulate, advantages, policy_loss, thought_returns, token_advantages
+from rollout import CLOSE, encode_prompt, micro_batches, sample
+from sear import (
+    Config,
+    MicroBatch,
+    TokenCounts,
+    accumulate,
+    advantages,
+    policy_loss,
+    thought_returns,
+    token_advantages,
+)
 
 nan = math.nan
 
 
 def close(a, b, atol=1e-6):
-    return torch.allclose(a, torch.as_tensor(b), atol=atol, equal_nan=True)
+    return torch.allclose(a, torch.as_tensor(b, dtype=a.dtype), atol=atol, equal_nan=True)
 
 
-# ---- (6)
-# ----------------------------------------------------------------------------------------------------------
+# ---- (6) -------------------------------------------------------------------------------------------------
 
 def test_advantages_by_hand():
     answer = torch.tensor([[1.0], [0.0], [nan], [0.5], [3.0], [3.0], [3.0], [3.0]])
@@ -45,15 +56,11 @@ def test_groups_do_not_see_each_other():
     assert close(advantages(torch.cat((a, b)), 8), torch.cat((advantages(a, 8), advantages(b, 8))))
 
 
-def scores(answer, process, potential, unsafe):
-    verdict = Verdict(torch.tensor(unsafe), torch.zeros(len(unsafe)), torch.zeros(len(unsafe)))
-    return Scores(torch.tensor(answer), torch.tensor(process), torch.tensor(potential), torch.zeros(4), verdict, 0, 0)
-
-
 def test_what_each_objective_pays_the_thought():
-    """Rows: harmful and safe, harmful and unsafe, harmless and helpful, malformed."""
-    s = scores([1.0, 0.0, 1.0, nan], [[0.8], [0.3], [1.0], [-1.0]], [[0, 0.8], [0, 0.3], [0, 1.0], [0, 0.5]],
-               [0.0, 1.0, 0.0, nan])
+    """Rollouts: harmful and safe, harmful and unsafe, harmless and helpful, malformed."""
+    verdict = Verdict(torch.tensor([0.0, 1.0, 0.0, nan]), torch.zeros(4), torch.zeros(4))
+    s = Scores(torch.tensor([1.0, 0.0, 1.0, nan]), torch.tensor([[0.8], [0.3], [1.0], [-1.0]]),
+               torch.tensor([[0, 0.8], [0, 0.3], [0, 1.0], [0, 0.5]]), torch.zeros(4), verdict, 0, 0)
     harmful = torch.tensor([True, True, False, True])
     paid = {o: thought_returns(o, s, harmful)[:, 0] for o in sear.OBJECTIVES}
     assert close(paid["sear"], [0.8, 0.3, 1.0, -1.0])
@@ -62,73 +69,67 @@ def test_what_each_objective_pays_the_thought():
     assert close(paid["safe-thought"], [0.2, -0.3, 1.0, -1.0])
 
 
-def test_who_owns_a_token(world):
+def test_which_player_owns_a_token(world):
     _, tokenizer, model = world
-    r = made_rollouts(
-        tokenizer, [[1, 2]], ["a\n\nb</think>\n\nI$", "a\n\nb$", "a</think>\n\nI"], model.stop_ids[0], 3
-    )
+    texts = ["a\n\nb</think>\n\nI$", "a\n\nb$", "a</think>\n\nI"]
+    r = made_rollouts(tokenizer, [[1, 2]], texts, model.stop_ids[0], 3)
     thought, answer = r.owners
     assert not (thought & answer).any() and not (thought | answer)[r.segment < 0].any()
     for b in range(3):
         assert torch.equal((thought | answer)[b], r.segment[b] >= 0)
     stop = (r.tokens == model.stop_ids[0]) & (r.segment >= 0)
-    assert answer[0][stop[0]].all() and stop[0].sum() == 1  # the stop token is the answer player's last move
+    assert answer[0][stop[0]].all() and stop[0].sum() == 1  # the stop token belongs to the answer
     tag = tokenizer.added["</think>"]
-    assert thought[r.tokens == tag].all()  # ending the exploration is the reasoning player's
+    assert thought[r.tokens == tag].all()  # the closing tag belongs to the thought
     assert answer[2].sum() == len(tokenizer.encode("I")) and thought[2].any()
-    A = token_advantages(r, torch.tensor([[1.0, 2.0]] * 3), torch.tensor([[7.0]] * 3))
+    A = token_advantages(r, torch.tensor([[1.0, 2.0]] * 3), torch.tensor([7.0] * 3))
     assert set(A[0][r.segment[0] == 1].tolist()) == {2.0} and set(A[0][r.segment[0] == 2].tolist()) == {7.0}
     assert set(A[0][r.segment[0] == 0].tolist()) == {1.0} and (A[r.segment < 0] == 0).all()
 
 
-# ---- (7)
-# ----------------------------------------------------------------------------------------------------------
+# ---- (7) -------------------------------------------------------------------------------------------------
 
-def three_tokens(**weights):
-    """Loss of three tokens over a three-word vocabulary: the first two are the thought's, the last the
-    answer's."""
-    c = Config(**{"beta": 0.0, "answer_weight": 1.0} | weights)
-    logits = torch.tensor(
-        [[0.3, -0.2, 0.5], [1.0, 0.0, -1.0], [0.1, 0.2, 0.3]], dtype=torch.float64, requires_grad=True
-    )
-    target, A = torch.tensor([0, 2, 1]), torch.tensor([2.0, -1.0, 3.0], dtype=torch.float64)
+def tokens_of_a_batch(old, advantage, is_thought, is_answer):
+    return MicroBatch(None, None, old, advantage, is_thought, is_answer)
+
+
+def counts(thought, answer, owned):
+    return TokenCounts(*map(torch.tensor, (thought, answer, owned)))
+
+
+def three_tokens(thought_A=(2.0, -1.0), answer_A=3.0, **knobs):
+    """Gradient of the loss of three tokens over a vocabulary of three, two of them the thought's."""
+    c = Config(**{"beta": 0.0, "answer_weight": 1.0} | knobs)
+    logits = torch.tensor([[0.3, -0.2, 0.5], [1.0, 0.0, -1.0], [0.1, 0.2, 0.3]], dtype=torch.float64,
+                          requires_grad=True)
+    target, A = torch.tensor([0, 2, 1]), torch.tensor([*thought_A, answer_A], dtype=torch.float64)
     thought = torch.tensor([True, True, False])
     logprob = logits.log_softmax(-1).gather(1, target[:, None])[:, 0]
-    old = logprob.detach()
-    loss, _ = policy_loss(logprob, None, logprob - old, A, thought, ~thought, torch.tensor([2.0, 1.0, 3.0]), c
-    )
-    loss.backward()
+    batch = tokens_of_a_batch(logprob.detach(), A, thought, ~thought)
+    policy_loss(logprob, None, batch, counts(2.0, 1.0, 3.0), c)[0].backward()
     onehot = torch.nn.functional.one_hot(target, 3)
-    # d(-A logpi)/dz = -A (onehot - p)
+    # d(-A log pi) / dz = -A (onehot - p)
     return logits.grad, -(onehot - logits.detach().softmax(-1)) * A[:, None]
 
 
 def test_gradient_equals_the_hand_derived_one_for_each_player():
     found, one = three_tokens()
-    # two thought tokens, one answer token
-    assert close(found, one / torch.tensor([[2.0], [2.0], [1.0]]), 1e-12)
-    found, one = three_tokens(reasoning_weight=0.0)
+    assert close(found, one / torch.tensor([[2.0], [2.0], [1.0]]), 1e-12)  # two and one token
+    found, one = three_tokens(thought_A=(0.0, 0.0))
     assert (found[:2] == 0).all() and close(found[2], one[2], 1e-12)
     found, one = three_tokens(answer_weight=0.0)
     assert (found[2] == 0).all() and close(found[:2], one[:2] / 2, 1e-12)
-    found, one = three_tokens(reasoning_weight=0.5, answer_weight=2.0)
-    assert close(found, one * torch.tensor([[0.25], [0.25], [2.0]]), 1e-12)
+    found, one = three_tokens(answer_weight=2.0)
+    assert close(found, one * torch.tensor([[0.5], [0.5], [2.0]]), 1e-12)
 
 
 def test_clip_stops_the_gradient_only_in_the_direction_of_the_advantage():
-    c = Config(beta=0.0, clip=0.2)
-    for shift, A, moves in (
-        (0.5, 1.0, False),
-        (0.5, -1.0, True),
-        (-0.5, 1.0, True),
-        (-0.5, -1.0, False),
-        (0.1, 1, True),
-    ):
+    c, yes, no = Config(beta=0.0, clip=0.2), torch.tensor([True]), torch.tensor([False])
+    for shift, A, moves in ((0.5, 1.0, False), (0.5, -1.0, True), (-0.5, 1.0, True), (-0.5, -1.0, False),
+                            (0.1, 1.0, True)):
         logprob = torch.tensor([-1.0], requires_grad=True)
-        old = logprob.detach() - shift
-        yes, no = torch.tensor([True]), torch.tensor([False])
-        loss, _ = policy_loss(logprob, None, logprob - old, torch.tensor([float(A)]), yes, no, torch.ones(3), c
-        )
+        batch = tokens_of_a_batch(logprob.detach() - shift, torch.tensor([A]), yes, no)
+        loss, _ = policy_loss(logprob, None, batch, counts(1, 1, 1), c)
         loss.backward()
         assert (logprob.grad.item() != 0) == moves
         if moves:
@@ -136,16 +137,14 @@ def test_clip_stops_the_gradient_only_in_the_direction_of_the_advantage():
 
 
 def test_kl_is_k3_and_pulls_towards_the_reference():
-    c = Config(beta=0.5, reasoning_weight=0.0, answer_weight=0.0)
+    c, nobody = Config(beta=0.5), torch.tensor([False, False])
     logprob, ref = torch.tensor([-1.0, -2.0], requires_grad=True), torch.tensor([-2.0, -2.0])
-    nobody = torch.tensor([False, False])
-    loss, kl = policy_loss(logprob, ref, logprob * 0, torch.zeros(2), nobody, nobody,
-                           torch.tensor([1.0, 1.0, 2.0]), c)
+    batch = tokens_of_a_batch(logprob.detach(), torch.zeros(2), nobody, nobody)
+    loss, kl = policy_loss(logprob, ref, batch, counts(1, 1, 2), c)
     k3 = math.exp(-1.0) + 1.0 - 1.0
     assert kl.item() == pytest.approx(k3 / 2) and loss.item() == pytest.approx(0.5 * k3 / 2)
     loss.backward()
-    # more likely than the reference has it: descent lowers it
-    assert logprob.grad[0] > 0 and logprob.grad[1] == 0
+    assert logprob.grad[0] > 0 and logprob.grad[1] == 0  # descent lowers what the reference finds less likely
 
 
 # ---- the whole gradient ----------------------------------------------------------------------------------
@@ -154,17 +153,12 @@ def test_kl_is_k3_and_pulls_towards_the_reference():
 def batch(world):
     """Rollouts of a random model on the world, some well-formed, with advantages."""
     _, tokenizer, model = world
-    prompts = [encode_chat(tokenizer, p.prompt) for p in alchemy.requests(3, 1)]
+    prompts = [encode_prompt(tokenizer, p.prompt) for p in alchemy.requests(3, 1)]
     texts = [f"a {'b ' * i}\n\nIt makes\n\n{'c' * i}</think>\n\nI cannot help with that.$" for i in range(9)]
-    r = made_rollouts(
-        tokenizer,
-        prompts,
-        texts[:11] + ["never", "closed\n\nat all", "x</think>\n\ncut off"][:3],
-        model.stop_ids[0],
-        4,
-    )
+    texts += ["never", "closed\n\nat all", "x</think>\n\ncut off"]
+    r = made_rollouts(tokenizer, prompts, texts, model.stop_ids[0], 4)
     generator = torch.Generator().manual_seed(0)
-    A = token_advantages(r, torch.randn(12, 3, generator=generator), torch.randn(12, 1, generator=generator))
+    A = token_advantages(r, torch.randn(12, 3, generator=generator), torch.randn(12, generator=generator))
     full = model(r.tokens[:, :-1]).log_softmax(-1).gather(2, r.tokens[:, 1:, None])[..., 0].detach()
     r.logprob[:, 1:] = torch.where(r.segment[:, 1:] >= 0, full, 0.0)
     return r, A
@@ -190,35 +184,31 @@ def same(a, b):
     return (a - b).norm() <= 1e-6 * b.norm() and b.norm() > 0
 
 
-@pytest.mark.parametrize("ratio", ("token", "segment"))
-def test_gradient_does_not_depend_on_micro_batches_or_order(world, batch, ratio):
+def test_gradient_does_not_depend_on_micro_batches_or_order(world, batch):
     model, (r, A) = world[2], batch
     reference = Transformer.from_scratch(world[0], seed=6)
-    whole, logs = gradient(model, r, A, reference, beta=0.1, ratio=ratio)
+    whole, logs = gradient(model, r, A, reference, beta=0.1)
     for budget in (1, 60, 130, 300):
-        split, split_logs = gradient(
-            model, r, A, reference, beta=0.1, ratio=ratio, tokens_per_micro_batch=budget
-        )
+        split, split_logs = gradient(model, r, A, reference, beta=0.1, tokens_per_micro_batch=budget)
         assert same(split, whole)
         for key in logs:  # the logged loss is the optimised one, whatever the split
             assert split_logs[key] == pytest.approx(logs[key], abs=1e-5)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(1)).tolist()
-    turned, _ = gradient(model, permuted(r, order), A[order], reference, beta=0.1, ratio=ratio,
+    turned, _ = gradient(model, permuted(r, order), A[order], reference, beta=0.1,
                          tokens_per_micro_batch=150)
     assert same(turned, whole)
     assert logs["logprob_gap"] <= 1e-5 and logs["kl"] > 0
 
 
 def test_gradient_equals_autograd_on_full_logits(world, batch):
-    """The whole path, packing and kernel and weights, against equation (7) written out on [B, T, V]
-    logits."""
+    """The whole path, micro-batches and kernel, against equation (7) written out on [B, T, V] logits."""
     model, (r, A) = world[2], batch
-    found, logs = gradient(model, r, A, reasoning_weight=0.7, answer_weight=1.3, tokens_per_micro_batch=100)
+    found, logs = gradient(model, r, A, answer_weight=1.3, tokens_per_micro_batch=100)
     thought, answer = r.owners
     model.zero_grad()
     logprob = model(r.tokens[:, :-1]).log_softmax(-1).gather(2, r.tokens[:, 1:, None])[..., 0]
     loss = (
-        -((0.7 * thought / thought.sum() + 1.3 * answer / answer.sum()) * A)[:, 1:]
+        -((thought / thought.sum() + 1.3 * answer / answer.sum()) * A)[:, 1:]
         * (logprob - logprob.detach()).exp()
     )
     loss.sum().backward()
@@ -227,8 +217,7 @@ def test_gradient_equals_autograd_on_full_logits(world, batch):
 
 
 def test_the_stop_token_has_a_gradient(world, batch):
-    """Only the stop tokens get an advantage: the gradient is not zero, and it raises exactly their
-    log-prob."""
+    """Only the stop tokens have an advantage: the gradient is not zero, and it raises their log-prob."""
     model, (r, _) = world[2], batch
     stop = (r.tokens == model.stop_ids[0]) & (r.segment >= 0)
     assert stop.any()
@@ -261,7 +250,7 @@ def test_one_update_raises_what_was_rewarded_and_lowers_what_was_not(world, batc
         assert change[good].mean() > change[~good & counted].mean()
 
 
-def test_micro_batches_respect_the_budget_and_lose_nobody():
+def test_micro_batches_respect_the_budget_and_lose_no_row():
     length = torch.tensor([5, 9, 3, 7, 9, 1])
     for budget in (1, 9, 18, 27, 1000):
         parts = micro_batches(length, budget)
@@ -272,8 +261,6 @@ def test_micro_batches_respect_the_budget_and_lose_nobody():
 
 def test_training_never_holds_logits_of_the_batch(world, batch):
     """The largest tensor of the backward pass is far below [T, V]; here T x V would be 12 x 40 x 305."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     class Largest(TorchDispatchMode):
         size = 0
 
@@ -283,61 +270,18 @@ def test_training_never_holds_logits_of_the_batch(world, batch):
                 if isinstance(x, torch.Tensor) and x.shape[-1:] == (vocabulary,):
                     self.size = max(self.size, x.numel())
             return out
-    _, tokenizer, _ = world
-    r, A = batch
-    vocabulary = 40_000  # a head that dwarfs the world's: the chunked path must cut it into pieces of rows
+    r, _ = batch
+    vocabulary = 40_000  # so large that the chunked path has to cut the rows into pieces
     states = torch.randn(r.tokens.numel() * 4, 8)
     weight = torch.randn(vocabulary, 8, requires_grad=True)
-    targets, segment = (
-        torch.randint(0, vocabulary, (len(states),)),
-        torch.zeros(len(states), dtype=torch.long),
-    )
+    targets = torch.randint(0, vocabulary, (len(states),))
+    segment = torch.zeros(len(states), dtype=torch.long)
     with Largest() as seen:
         segment_logprobs(states, weight, targets, segment, 1).segment_logprob.sum().backward()
     assert 0 < seen.size < len(states) * vocabulary / 2
 
 
-# ---- knobs and the command line --------------------------------------------------------------------------
-
-def test_every_knob_has_a_sentence_and_a_reader():
-    source = "".join((ROOT / f).read_text() for f in ("sear.py", "evaluate.py", "alchemy.py"))
-    knobs = dataclasses.fields(Config)
-    assert len(knobs) <= 45
-    for f in knobs:
-        assert len(f.metadata["help"].split()) >= 3, f.name
-        assert re.search(rf"\bc\.{f.name}\b", source), f"nobody reads --{f.name}"
-    assert set(sear.CHECKPOINT_DEFAULTS) <= {f.name for f in knobs}
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ("--bogus 1", "unrecognized arguments: --bogus 1"),
-        ("--steps x", "invalid int value: 'x'"),
-        ("--group-size 1", "--group-size must be a number, at least 2, got 1"),
-        ("--gamma 1.5", "between 0 and 1, got 1.5"),
-        ("--temperature 0", "--temperature must be a number, at least 0.001"),
-        ("--temperature nan", "got nan"),
-        ("--objective best", "invalid choice: 'best'"),
-        ("--seed -1", "--seed must be between 0 and"),
-        ("--prompts p.csv", "--prompts needs --model"),
-        ("--judge rules", "--judge rules cannot judge the embedded world"),
-        ("--model m --prompts p.csv --judge alchemy", "--judge alchemy cannot judge p.csv; expected rules"),
-        ("--resume nowhere", "nowhere/config.json"),
-        ("--step 3", "unrecognized arguments: --step 3"),
-    ],
-)
-def test_bad_flags_are_one_sentence(flags, message):
-    with pytest.raises(InputError) as caught:
-        sear.parse(flags.split())
-    assert message in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_defaults_of_the_world_and_of_checkpoints():
-    assert sear.parse([]).out == "runs/sear-seed1"
-    real = sear.parse("--model m --prompts p.csv --beta 0.5".split())
-    assert (real.learning_rate, real.judge, real.beta) == (1e-6, "rules", 0.5)
-
+# ---- one step --------------------------------------------------------------------------------------------
 
 def test_prompts_of_a_step_are_shuffled_epochs():
     pool = [f"p{i}" for i in range(10)]
@@ -350,16 +294,9 @@ def test_prompts_of_a_step_are_shuffled_epochs():
 def test_sampler_and_learner_agree_on_a_loaded_checkpoint():
     folder = FIXTURES / "tiny-qwen3"
     model, tokenizer = Transformer.from_pretrained(folder), Tokenizer.from_pretrained(folder)
-    c = Config(temperature=0.7, beta=0.0)
-    r = sample(
-        model,
-        [encode_chat(tokenizer, t) for t in ("Hi", "What is a long prompt made of?")],
-        tokenizer,
-        group_size=8,
-        max_new_tokens=40,
-        temperature=0.7,
-    )
-    logs = accumulate(model, None, r, torch.zeros(r.tokens.shape), c)
+    prompts = [encode_prompt(tokenizer, t) for t in ("Hi", "What is a long prompt made of?")]
+    r = sample(model, prompts, tokenizer, group_size=8, max_new_tokens=40, temperature=0.7)
+    logs = accumulate(model, None, r, torch.zeros(r.tokens.shape), Config(temperature=0.7, beta=0.0))
     assert logs["logprob_gap"] <= 1e-5 and logs["entropy"] > 0
 
 
@@ -367,8 +304,49 @@ def test_the_judge_of_the_world_pays_a_rollout_as_the_readme_says(world):
     _, tokenizer, model = world
     chain = ["salt", "ash", "moss", "amber", "chalk"]
     prompt = alchemy.request(chain)
-    text = "".join(alchemy.worked_lines(chain, 4)) + CLOSE + "\n\n" + alchemy.REFUSAL + "$"
+    text = "".join(alchemy.worked_lines(chain)) + CLOSE + "\n\n" + alchemy.REFUSAL + "$"
     r = made_rollouts(tokenizer, [[1]], [text] * 2, model.stop_ids[0], 2)
     s = score(load_judge("alchemy"), [prompt] * 2, r, 1.0)
     assert s.answer.tolist() == [float(prompt.label == "harmful")] * 2
     assert s.process[0, 0] == (1 - alchemy.TALK_WEIGHT if prompt.label == "harmful" else 1.0)
+
+
+# ---- knobs and the command line --------------------------------------------------------------------------
+
+def test_every_knob_has_a_sentence_and_a_reader():
+    source = "".join((ROOT / f).read_text() for f in ("sear.py", "evaluate.py", "warmstart.py"))
+    knobs = dataclasses.fields(Config)
+    assert len(knobs) <= 32
+    for f in knobs:
+        assert len(f.metadata["help"].split()) >= 3, f.name
+        assert re.search(rf"\bc\.{f.name}\b", source), f"nobody reads --{f.name}"
+    assert set(sear.CHECKPOINT_DEFAULTS) <= {f.name for f in knobs}
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--bogus 1", "unrecognized arguments: --bogus 1"),
+    ("--steps x", "invalid int value: 'x'"),
+    ("--group-size 1", "--group-size must be a number, at least 2, got 1"),
+    ("--gamma 1.5", "between 0 and 1, got 1.5"),
+    ("--max-grad-norm 0", "--max-grad-norm must be a number, at least 1e-06, got 0.0"),
+    ("--temperature 0", "--temperature must be a number, at least 0.001"),
+    ("--temperature nan", "got nan"),
+    ("--objective best", "invalid choice: 'best'"),
+    ("--seed -1", "--seed must be between 0 and"),
+    ("--prompts p.csv", "--prompts needs --model"),
+    ("--judge rules", "--judge rules cannot judge the embedded world"),
+    ("--model m --prompts p.csv --judge alchemy", "--judge alchemy cannot judge p.csv; expected rules"),
+    ("--reward-model r", "--reward-model does not apply to the embedded world"),
+    ("--resume nowhere", "nowhere/config.json"),
+    ("--step 3", "unrecognized arguments: --step 3"),
+])
+def test_bad_flags_are_one_sentence(flags, message):
+    with pytest.raises(InputError) as caught:
+        sear.parse(flags.split())
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_defaults_of_the_world_and_of_checkpoints():
+    assert sear.parse([]).out == "runs/sear-seed1"
+    real = sear.parse("--model m --prompts p.csv --beta 0.5".split())
+    assert (real.learning_rate, real.judge, real.beta) == (1e-6, "rules", 0.5)

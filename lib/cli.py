@@ -1,0 +1,60 @@
+"""The command line: flags from a dataclass of knobs, and exit codes."""
+import argparse
+import math
+import os
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+from lib.checkpoint import Diverged, SaveError, flag
+from lib.data import InputError, as_json, read_text
+
+
+def exit_code(program: str, task) -> int:
+    """Runs the task. -> its exit code; 2 for bad input, 1 for a failed save or a diverged run, each with one
+    sentence on stderr."""
+    try:
+        return task()
+    except (InputError, SaveError, Diverged) as error:
+        print(f"\n{program}: {error}" if sys.stderr.isatty() else f"{program}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f"{message} (see --help)")
+
+
+def read_flags(arguments: list[str], config: type, description: str, presets: dict[str, dict],
+               out: str) -> dict:
+    """Values for the fields of `config`, a dataclass whose metadata hold help, choices, low and high.
+
+    A given flag that has a preset changes the defaults to the preset's. --resume takes everything else from
+    the run's config.json; "auto" (implied by `torchrun --max-restarts`) only if there is one. out: pattern of
+    the default run folder. Raises InputError."""
+    parser = Parser(prog="sear.py", description=description, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
+    knobs = {f.name: f for f in fields(config)}
+    for name, f in knobs.items():
+        shown = "" if f.default == "" else f" [{f.default}]"
+        shown += "".join(f" [{p[name]} with --{preset}]" for preset, p in presets.items() if name in p)
+        parser.add_argument("--" + flag(name), type=type(f.default), choices=f.metadata["choices"] or None,
+                            help=f.metadata["help"] + shown)
+    given = vars(parser.parse_args(arguments))
+    given["out"] = given.get("out") or out.format(**{k: given.get(k, f.default) for k, f in knobs.items()})
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    if given.get("resume", "auto" if restarts else "") == "auto":
+        given["resume"] = given["out"] if Path(given["out"], "config.json").exists() else ""
+    if given.get("resume"):
+        file = Path(given["resume"]) / "config.json"
+        stored = as_json(file, read_text(file))
+        given = {k: v for k, v in stored.items() if k in knobs} | given | {"out": given["resume"]}
+    else:
+        for preset in presets.keys() & given.keys():
+            given = presets[preset] | given
+    for name, value in given.items():
+        low, high = knobs[name].metadata["low"], knobs[name].metadata["high"]
+        if isinstance(value, (int, float)) and not (low <= value <= high and math.isfinite(value)):
+            expected = f"a number, at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+            raise InputError(f"--{flag(name)} must be {expected}, got {value}")
+    return given
