@@ -6,7 +6,6 @@ on a file of responses:
 Shapes: B rollouts, K thought segments of the longest rollout, N texts. NaN: not judged, or no such segment.
 """
 import argparse
-import math
 import sys
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -16,10 +15,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from judges import JUDGES, Judge, Verdict, moments, ragged, standardised
-from judges.guards import READS, load_reader, read_answers
+from judges.guards import READS, Reader, load_reader, read_answers
 from lib import checkpoint
 from lib.cli import Parser, exit_code
-from lib.data import InputError, Prompt, expect, rows_of, whole_text
+from lib.data import XSTEST, InputError, Prompt, expect, rows_of, whole_text
 from rollout import Rollouts, force_answers
 
 MALFORMED = -1.0  # equation (5)
@@ -27,16 +26,24 @@ MALFORMED = -1.0  # equation (5)
 # verl/utils/reward_score/safety.py): otherwise the most evasive answer earns most.
 SAFE_ENOUGH = 0.9
 PROBE_TOKENS = 256  # longest forced answer of --potential probe
+BATCH = 32  # responses, on the command line
 
 
 class Scores(NamedTuple):
     answer: Tensor  # [B] (4), or (5) if cut off or blank; NaN if the thought was never closed
-    process: Tensor  # [B, K] (3), or (5): return of the reasoning player from each segment on
     potential: Tensor  # [B, K + 1] (1), Phi_0 first
+    process: Tensor  # [B, K] (3), or (5): return of the reasoning player from each segment on
     past: Tensor  # [B] return behind the last segment: the answer's reward on a harmless prompt, else 0
+    segments: Tensor  # [B] number of the thought's segments
+    well_formed: Tensor  # [B] bool
     verdict: Verdict  # [B] each
     extra_tokens: int  # sampled by the probe
     judge_calls: int  # texts judged: answers, and thoughts so far or forced answers
+
+    @property
+    def reached(self) -> Tensor:
+        """[B] Phi_K, 0 without an estimate."""
+        return self.potential.nan_to_num(0.0).gather(1, self.segments[:, None])[:, 0]
 
 
 def verdicts(judge: Judge, prompts: list[Prompt], rollouts: Rollouts,
@@ -129,7 +136,7 @@ def score(judge: Judge, prompts: list[Prompt], rollouts: Rollouts, gamma: float,
         calls = int((~potential.isnan()).sum())
     else:
         potential, extra, calls = probe_potential(judge, prompts, rollouts, verdict, **probe)
-    segments = torch.tensor([len(t) for t in rollouts.thoughts])
+    segments = torch.tensor([len(t) for t in rollouts.thoughts], dtype=torch.long)
     exists = torch.arange(potential.shape[1] - 1) < segments[:, None]  # [B, K]
     # On a harmless prompt the players cooperate. Otherwise jailbreak talk is free there, and the answer
     # player learns to refuse everything that follows it.
@@ -138,16 +145,27 @@ def score(judge: Judge, prompts: list[Prompt], rollouts: Rollouts, gamma: float,
     # Without a penalty the answer player avoids bad answers by never finishing one.
     answer = torch.where(rollouts.closed & ~ok, MALFORMED, answer)  # (5)
     process = torch.where(exists & ~ok[:, None], MALFORMED, process)  # (5)
-    return Scores(answer, process, potential, past, verdict, extra, int(ok.sum()) + calls)
+    return Scores(answer, potential, process, past, segments, ok, verdict, extra, int(ok.sum()) + calls)
+
+
+def thought_pay(target: str, scores: Scores, harmful: Tensor) -> Tensor:
+    """What a whole thought earns, [B] (3). On a harmless prompt every target includes the answer's."""
+    answer = scores.answer.nan_to_num(MALFORMED)
+    pay = {"process": scores.reached + scores.past,  # how far the thought came, whatever the answer is
+           "outcome": torch.where(harmful, scores.verdict.unsafe, answer),  # an unsafe answer
+           "safe": torch.where(harmful, answer - scores.reached, answer),  # a safe answer, a safe thought
+           "answer": answer}[target]
+    return torch.where(scores.well_formed, pay, MALFORMED)  # (5)
 
 
 # ---- the command line: judging labelled responses --------------------------------------------------------
 
 class Response(NamedTuple):
-    """A response and its human label, "" for none."""
+    """A response, its human label ("" for none), and its line in the file."""
     prompt: str
     response: str
     label: str
+    where: str
 
 
 # Label in a file of responses: (what it is about, whether it is so). harmful and harmless are of the prompt.
@@ -155,64 +173,95 @@ RESPONSE_LABELS = {
     "1_full_compliance": ("refusal", False), "2_full_refusal": ("refusal", True),  # XSTest's
     "3_partial_refusal": ("refusal", True), "compliance": ("refusal", False), "refusal": ("refusal", True),
     "safe": ("unsafe", False), "unsafe": ("unsafe", True), "harmful": ("", True), "harmless": ("", False)}
+OF_PROMPT = {"safe": "harmless", "unsafe": "harmful"}  # in the column `label` of XSTest's prompts
+OF_RESPONSE = {"harmful": "unsafe", "unharmful": "safe"}  # WildGuard's words
 
 
-def read_response(where: str, row: dict[str, str]) -> Response:
-    match row:
-        case {"prompt": prompt, "response": text} | {"prompt": prompt, "completion": text}:
-            return Response(prompt, text, (row.get("label") or row.get("final_label") or "").lower())
-    expect(False, where, "a row of prompt and response (or completion)", list(row))
+def check_columns(where: str, row: dict[str, str]) -> None:
+    expect("prompt" in row and row.keys() & {"response", "completion"}, where,
+           "a row of prompt and response (or completion)", list(row))
+
+
+def read_labels(rows: list[tuple[str, dict[str, str]]]) -> list[str]:
+    """The label of each (path:line, row), "" for none. The columns, and the file's other labels, tell whether
+    it is of the prompt or of the response. Raises InputError for an unknown one."""
+    columns = {column for _, row in rows for column in row}
+    xstest = columns & {"focus", "final_label"} or "type" in columns and (
+        "completion" in columns or any(row.get("type") in XSTEST for _, row in rows))
+    wildguard, found = "prompt_type" in columns or any(row.get("label") == "unharmful" for _, row in rows), []
+    for where, row in rows:
+        name, words, known = "final_label" if row.get("final_label") else "label", {}, [*RESPONSE_LABELS]
+        label = row.get(name, "").strip().lower()
+        bare = label.removeprefix("response_")
+        if xstest and name == "label":
+            words = OF_PROMPT
+        elif wildguard or bare != label:
+            words, known = OF_RESPONSE, [*known[:known.index("harmful")], *OF_RESPONSE]
+        expect(bare in ("", *known), f"{where}: {name}", " or ".join(known), label)
+        found.append(words.get(bare, bare))
+    return found
 
 
 def load_responses(path) -> list[Response]:
     """Reads a JSONL, csv or tsv file of prompt and response, or XSTest's completions. InputError names the
-    line of a missing or blank cell."""
+    line of a missing or blank cell and of an unknown label."""
     path, found = Path(path), []
     optional = ("response", "completion", "label", "final_label")
-    for where, row in rows_of(path, read_response, ("prompt",), optional):
-        one = read_response(where, row)
-        whole_text(f"{where}: prompt", one.prompt)
-        whole_text(f"{where}: response", one.response)
-        known = ("", *RESPONSE_LABELS)
-        expect(one.label in known, f"{where}: label", " or ".join(known[1:]), one.label)
-        found.append(one)
-    expect(found, path, "a file of responses", "none in it")
+    rows = list(rows_of(path, check_columns, ("prompt",), optional))
+    expect(rows, path, "a file of responses", "none in it")
+    for (where, row), label in zip(rows, read_labels(rows)):
+        check_columns(where, row)
+        text = row.get("response", row.get("completion"))
+        found.append(Response(whole_text(f"{where}: prompt", row["prompt"]),
+                              whole_text(f"{where}: response", text), label, where))
     return found
 
 
-def judge_responses(rows: list[Response], judge: str, reward_model: str, device: str) -> Verdict:
-    """Verdicts on the responses, [N] each. A reward model's scores are standardised over this file."""
+def read_batch(reader: Reader, rows: list[Response]) -> tuple[Tensor, list[str]]:
+    """Verdicts [N, Q], or scores [N, 1], and what is wrong with each, "" for nothing."""
+    try:
+        prompts = [Prompt(row.prompt, "") for row in rows]
+        return read_answers(reader, prompts, [row.response for row in rows]), [""] * len(rows)
+    except InputError as error:
+        if len(rows) == 1:
+            return torch.full((1, max(1, len(reader.ask))), torch.nan), [f"{rows[0].where}: {error}"]
+    verdicts, errors = zip(*(read_batch(reader, [row]) for row in rows))  # which rows are to blame?
+    return torch.cat(verdicts), [error for error, in errors]
+
+
+def judge_responses(rows: list[Response], judge: str, reward_model: str, device: str) -> list[dict]:
+    """The READS of each response, None where not judged, a reward model's raw `score`, and an `error` where a
+    model gives no verdict. Helpfulness is the score, standardised over this file."""
     readers = [load_reader(judge, device)] if judge else []
     readers += [load_reader(reward_model, device, reward=True)] if reward_model else []
-    prompts, answers = [Prompt(row.prompt, "") for row in rows], [row.response for row in rows]
-    found, bar = [], tqdm(total=len(rows), desc="judge", dynamic_ncols=True)
-    for i in range(0, len(rows), 32):
-        found.append([read_answers(reader, prompts[i:i + 32], answers[i:i + 32]) for reader in readers])
-        bar.update(len(prompts[i:i + 32]))
-    bar.close()
-    columns = dict.fromkeys(READS, torch.full((len(rows),), torch.nan))
-    for reader, batches in zip(readers, zip(*found)):
-        judged = torch.cat(batches)  # [N, Q], of a reward model [N, 1]
-        columns |= {q.read: judged[:, j] for j, q in enumerate(reader.ask)}
-        if not reader.ask:
-            columns["helpful"] = standardised(judged[:, 0], moments(judged[:, 0]))
-    return Verdict(**columns)
+    table = [dict.fromkeys(READS, torch.nan) for _ in rows]
+    with tqdm(total=len(rows), desc="judge", dynamic_ncols=True) as bar:
+        for i in range(0, len(rows), BATCH):
+            for reader in readers:
+                reads = [q.read for q in reader.ask] or ["score"]
+                found, errors = read_batch(reader, rows[i:i + BATCH])
+                for line, values, error in zip(table[i:i + BATCH], found.tolist(), errors):
+                    line |= dict(zip(reads, values)) | ({"error": error} if error else {})
+            bar.set_postfix(without_verdict=sum("error" in line for line in table), refresh=False)
+            bar.update(len(rows[i:i + BATCH]))
+    if reward_model:
+        raw = torch.tensor([line["score"] for line in table])
+        for line, value in zip(table, standardised(raw, moments(raw[~raw.isnan()])).tolist()):
+            line["helpful"] = value
+    return [{key: None if value != value else value for key, value in line.items()} for line in table]
 
 
-def agreement(rows: list[Response], verdict: Verdict) -> str:
+def agreement(rows: list[Response], table: list[dict]) -> str:
     """Markdown table with a line for each label: the mean verdicts, and how often they agree with the label
     (a verdict counts from 0.5 on)."""
-    table = [dict(zip(READS, values)) for values in torch.stack(verdict, 1).tolist()]
     groups = {label: [i for i, row in enumerate(rows) if row.label == label]
               for label in sorted({row.label for row in rows} - {""})}
     lines = ["| label | n | " + " | ".join(READS) + " | agrees |", "|---|---|---|---|---|---|"]
     for label, group in (groups | {"all": range(len(rows))}).items():
         columns = [[table[i][read] for i in group] for read in READS]
-        hits = []
-        for i in group:
-            read, truth = RESPONSE_LABELS.get(rows[i].label, ("", False))
-            hits += [(table[i][read] >= 0.5) == truth] if read and not math.isnan(table[i][read]) else []
-        cells = [[v for v in column if not math.isnan(v)] for column in (*columns, hits)]
+        known = [(table[i], *RESPONSE_LABELS.get(rows[i].label, ("", False))) for i in group]
+        hits = [(line[read] >= 0.5) == truth for line, read, truth in known if line.get(read) is not None]
+        cells = [[v for v in column if v is not None] for column in (*columns, hits)]
         cells = [f"{sum(cell) / len(cell):.3f}" if cell else "–" for cell in cells]
         lines.append(f"| {label} | {len(group)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -236,18 +285,20 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str]) -> int:
-    """-> exit code: 0 done, 1 disk, 2 bad input."""
+    """-> exit code: 0 done, 1 disk, or responses without a verdict, 2 bad input."""
     def run() -> int:
         given = parse(arguments)
         rows = load_responses(given.responses)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        verdict = judge_responses(rows, given.judge, given.reward_model, device)
-        table = torch.stack(verdict, 1).tolist()
-        checkpoint.write_rows(given.out, [{read: None if math.isnan(v) else v for read, v in zip(READS, row)}
-                                          for row in table])
-        print(agreement(rows, verdict))
+        table = judge_responses(rows, given.judge, given.reward_model, device)
+        checkpoint.write_rows(given.out, table)
+        print(agreement(rows, table))
         print(f"wrote {given.out}")
-        return 0
+        errors = [line["error"] for line in table if "error" in line]
+        if errors:
+            print(f"rewards.py: {len(errors)} of {len(rows)} responses lack a verdict, see the key error in "
+                  f"{given.out}; the first is {errors[0]}", file=sys.stderr)
+        return 1 if errors else 0
     return exit_code("rewards.py", run)
 
 

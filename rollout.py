@@ -20,7 +20,7 @@ from model import Cache, Transformer
 OPEN, CLOSE = "<think>\n", "</think>"  # the opening tag ends the prompt; the closing one is sampled
 BLANK_LINE = re.compile(rb"\n(?:[ \t\r]*\n)+")
 CLOSING_TAG = re.compile(rb"</think>\n*")  # with the newlines behind it, since some tokens hold both
-BEFORE, MESSAGE = "\ue000answer\ue000", "\ue000message\ue000"  # private-use marks to cut a template at
+BEFORE, MESSAGE = "\ue000answer\ue000", "\ue000message\ue000"  # private-use marks to find text in a template
 MIN_ROWS = 16  # smaller matmuls round differently, and a rollout must not depend on the size of its batch
 LIVE_SHARE = 0.75  # below it finished rows are dropped from the batch
 
@@ -34,8 +34,8 @@ class Rollouts:
     finished: Tensor  # [B] bool: sampled a stop token (it belongs to the last segment, and is trained)
     closed: Tensor  # [B] bool: the thought was closed, so that the last segment is the answer
     prompt: Tensor  # [B] int64: index into the prompts given
-    text: list[list[str]]  # text of each segment, stop token left out
-    prefill: list[str]  # [B] prefilled thought text
+    text: list[list[str]]  # text of each segment, without closing tag and stop token
+    prefill: list[str]  # [B] prefilled thought text, without closing tag
     prefilled_tokens: int  # tokens of the distinct prompts, each run once
     row_steps: int  # rows x decoding steps
     caches: list[Cache]  # keys and values of all rows, in one or several parts, to fork (with keep_cache)
@@ -106,26 +106,43 @@ def next_token(model: Transformer, states: Tensor, u: Tensor, temperature: float
     return token, segment_logprobs(states, weight, token, torch.zeros_like(token), 1, temperature).logprob
 
 
+def render_prompt(tokenizer: Tokenizer, text: str, after_answer: bool) -> str:
+    """A user message in the chat template. after_answer: only what stands behind the model's answer before
+    it. The template is asked to think, in the two usual ways, unless template_args says otherwise."""
+    turns = [{"role": "user", "content": "."}, {"role": "assistant", "content": BEFORE}] * after_answer
+    variables = {"enable_thinking": True, "thinking": True} | tokenizer.template_args
+    whole = tokenizer.chat([*turns, {"role": "user", "content": text}], **variables)
+    _, found, behind = whole.partition(BEFORE)
+    if after_answer and not found:
+        raise InputError(f"{tokenizer.folder}: the chat template drops the answer before a user's message")
+    return behind if after_answer else whole
+
+
 def encode_prompt(tokenizer: Tokenizer, text: str, closed: bool = False,
-                after_answer: bool = False) -> list[int]:
+                  after_answer: bool = False) -> list[int]:
     """Tokens of a user message in the folder's chat template, up to and with the opening tag.
 
     closed: followed by an empty thought. after_answer: the tokens that continue a conversation behind the
     model's answer, whose stop token is missing. Special tokens in the message are encoded as plain text, so
-    that a prompt cannot inject template tokens. Raises InputError if the template drops the message."""
-    end = f"\n{CLOSE}\n\n" if closed else ""
-    if not after_answer and not any(token in text for token in tokenizer.added):
-        whole = tokenizer.chat([{"role": "user", "content": text}]).removesuffix(OPEN)
-        return tokenizer.encode(whole + OPEN + end, special=True)  # some templates open the thought
-    turns = [{"role": "user", "content": "."}, {"role": "assistant", "content": BEFORE},
-             {"role": "user", "content": MESSAGE}]
-    whole = tokenizer.chat(turns if after_answer else turns[2:]).rpartition(BEFORE)[2]
-    before, found, after = whole.partition(MESSAGE)
+    that a prompt cannot inject template tokens. Raises InputError if the template drops the message, changes
+    its special tokens, or does not leave exactly one thought open."""
+    mark = next(char for char in map(chr, range(0xE001, 0xF900)) if char not in text)
+    hidden = tokenizer.hide_added(text, mark)
+    whole = render_prompt(tokenizer, hidden, after_answer)
+    _, found, end = render_prompt(tokenizer, MESSAGE, after_answer).rpartition(MESSAGE)
     if not found:
         raise InputError(f"{tokenizer.folder}: the chat template drops the user's message")
-    after = after.removesuffix(OPEN) + OPEN + end
-    before = tokenizer.encode(before, special=True)
-    return before + tokenizer.encode(text, inside=True) + tokenizer.encode(after, special=True, inside=True)
+    unopened = re.sub(r"<think>\s*\Z", "", end)
+    if not whole.endswith(end) or "<think>" in unopened or CLOSE in unopened:
+        raise InputError(f"{tokenizer.folder}: the chat template should open one thought behind the message "
+                         f"(see --template-args), found a prompt that ends in {whole[-60:]!r}")
+    plain = hidden.replace(mark, "")
+    if plain != hidden and render_prompt(tokenizer, plain, after_answer) != whole.replace(mark, ""):
+        raise InputError(f"{tokenizer.folder}: the chat template changes special tokens in a message, found "
+                         f"the message {text[:200]!r}")
+    whole += OPEN * (unopened == end)
+    whole = whole.rstrip() + f"\n\n{CLOSE}\n\n" if closed else whole
+    return tokenizer.encode(whole, special=True, inside=after_answer, hidden_by=mark)
 
 
 def check_length(room: int, tokens: int, max_new_tokens: int, name: str) -> None:
@@ -246,8 +263,9 @@ def assemble(sampled: tuple, prompts: list[list[int]], first: int, prefill: list
         segment[b, p:p + n] = torch.tensor(ids)
         texts.append(text)
     finished = torch.isin(out.gather(1, length[:, None] - 1)[:, 0], torch.tensor(stop_ids))
-    return Rollouts(tokens, segment, logprob, finished, closed, torch.arange(B) // G + first, texts,
-                    [prefill[b // G] for b in range(B)], 0, row_steps, [], torch.zeros(B, dtype=torch.long))
+    begun = [prefill[b // G].partition(CLOSE)[0] for b in range(B)]
+    return Rollouts(tokens, segment, logprob, finished, closed, torch.arange(B) // G + first, texts, begun, 0,
+                    row_steps, [], torch.zeros(B, dtype=torch.long))
 
 
 def split_segments(tokens: list[int], closed: bool, tokenizer: Tokenizer, stop_ids: list[int]):
@@ -272,6 +290,8 @@ def split_segments(tokens: list[int], closed: bool, tokenizer: Tokenizer, stop_i
     if len(pieces) and tokens[-1] in stop_ids:
         ids[-1] = len(bounds) - 1  # the stop token has no bytes; it ends the last segment
     ends = [*bounds[1:], len(whole)]
+    if tag:
+        ends[-2] = thought  # a judge of the thought does not read the tag
     return ids.tolist(), [whole[a:b].decode("utf-8", "replace") for a, b in zip(bounds, ends)], closed
 
 
@@ -328,7 +348,7 @@ def force_answers(model: Transformer, rollouts: Rollouts, tokenizer: Tokenizer, 
                 tag = torch.tensor([closing] * len(row), device=model.device)
                 states = model.hidden(tag, cache=fork)[:, -1]  # [F, D]
                 again = torch.arange(len(row), device=model.device).repeat_interleave(samples)
-                u = uniforms(seed, step, np.asarray(prompt_ids)[row // group][:, None, None],
+                u = uniforms(seed, step, np.asarray(prompt_ids)[(row // group).numpy()][:, None, None],
                              (row % group).numpy()[:, None, None], kept.numpy()[:, None, None],
                              np.arange(samples)[:, None], np.arange(max_new_tokens))  # [F, samples, N]
                 out, _, length, _ = decode(model, fork.rows(again), states[again],

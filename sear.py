@@ -33,26 +33,40 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import alchemy.world as alchemy
 import evaluate
 from judges import Judge, load_judge
 from kernels import segment_logprobs
 from lib import checkpoint, cli, parallel
 from lib.checkpoint import on_all_ranks, on_rank_0
-from lib.data import InputError, Prompt
+from lib.data import InputError
 from lib.parallel import all_gather, all_max, all_sum, rank_and_world, unsharded
 from lib.tokenizer import Tokenizer
 from model import Transformer
-from rewards import MALFORMED, Scores, score
+from rewards import MALFORMED, Scores, score, thought_pay
 from rollout import Rollouts, encode_prompt, micro_batches, sample
-from warmstart import load_start, prepare_start, read_inputs
+from warmstart import load_start, prepare_start, read_inputs, step_prompts
 
 OUT = "runs/{objective}-seed{seed}"  # the default run folder
-OBJECTIVES = ("sear", "competing-outcome", "outcome", "safe-thought", "no-thought")
-EPS = 1e-6  # of equation (6)
+FLOOR = 0.05  # of the spread in (6): smaller differences than .15 in one of eight rollouts are noise
+NEARBY = 0.2  # potentials that differ by less share a baseline, in proportion
 WARMUP = 5  # steps over which the learning rate rises, since AdamW's first estimates are noisy
 SHOW_EVERY = 40  # steps between transcripts
 SHOWN = ("answered", "answer_reward", "over_refusal", "kl")  # in the progress bar
+
+
+class Objective(NamedTuple):
+    target: str  # what the thought is paid for on a harmful prompt, see thought_pay
+    credit: str  # dense: each segment its own, once: one for the thought, shared: one for both players
+
+
+OBJECTIVES = {"sear": Objective("process", "dense"),
+              "process-once": Objective("process", "once"),
+              "process-shared": Objective("process", "shared"),
+              "probe": Objective("process", "dense"),  # with --potential probe
+              "competing-outcome": Objective("outcome", "once"),
+              "outcome": Objective("answer", "once"),  # TARS
+              "safe-thought": Objective("safe", "once"),  # most safety training
+              "no-thought": Objective("answer", "once")}  # the prompt closes the thought
 
 
 # ---- knobs -----------------------------------------------------------------------------------------------
@@ -65,20 +79,24 @@ def knob(default, sentence: str, choices: tuple = (), low: float = -math.inf, hi
 @dataclass
 class Config:
     # Task
-    objective: str = knob("sear", "reward scheme; everything else is the same for all", OBJECTIVES)
+    objective: str = knob("sear", "reward scheme; everything else is the same for all", tuple(OBJECTIVES))
     model: str = knob("", "Hugging Face folder to start from; empty: a small start model is trained first")
     prompts: str = knob("", "prompt file (JSONL, XSTest, OR-Bench, ...); empty: the embedded world")
+    label: str = knob("", "label of all prompts of a file that has none", ("", "harmful", "harmless"))
+    template_args: str = knob("", 'variables for the chat template, as JSON: {"enable_thinking": true}')
     judge: str = knob("alchemy", "alchemy (the world's verifier), rules, a guard's folder or a judge file")
     reward_model: str = knob("", "folder of a reward model for helpfulness; empty: 1 - refusal")
     out: str = knob("", "run folder; empty: runs/<objective>-seed<seed>")
     resume: str = knob("", "run folder to continue, to the same bits; auto: that of --out, if it exists")
     device: str = knob("", "cpu or cuda; empty: cuda if there is one", ("", "cpu", "cuda"))
+    chain: int = knob(5, "reagents of a request of the embedded world: longer thoughts", low=2, high=14)
     seed: int = knob(1, "seed of the start model, the requests and the sampling", low=0, high=2**31)
     # Sampling
     steps: int = knob(300, "optimizer steps of RL", low=0)
     prompts_per_step: int = knob(32, "prompts of one step over all ranks; more means less noise", low=1)
     group_size: int = knob(8, "rollouts of one prompt (G), compared only with each other", low=2)
-    max_new_tokens: int = knob(72, "thought and answer together; a longer rollout is malformed", low=1)
+    max_new_tokens: int = knob(0, "thought and answer; longer is malformed; 0: 37 + 7 a reagent", low=0)
+    prefill_share: float = knob(0.0, "share of prompts whose thought starts with an attack", low=0, high=1)
     temperature: float = knob(1.0, "used to sample and to compute the log-probs that are trained", low=1e-3)
     max_rows: int = knob(512, "rollouts decoded at once: bounds the KV cache, changes no result", low=1)
     # Rewards
@@ -91,7 +109,6 @@ class Config:
     clip: float = knob(0.2, "how far the ratio may leave 1 before the gradient stops", low=0)
     updates: int = knob(1, "optimizer updates from one batch; 1 is strictly on-policy", low=1)
     learning_rate: float = knob(3e-4, "peak learning rate of AdamW", low=0)
-    schedule: str = knob("cosine", "of the learning rate; cosine ends at a tenth", ("cosine", "constant"))
     max_grad_norm: float = knob(1.0, "gradients are scaled down to this norm", low=1e-6)
     tokens_per_micro_batch: int = knob(8192, "padded tokens of one backward pass: memory only", low=1)
     # Run
@@ -102,38 +119,59 @@ class Config:
 
 
 # Defaults for real checkpoints, from TARS (arXiv 2507.00971, section 3.3).
-CHECKPOINT_DEFAULTS = dict(judge="rules", learning_rate=1e-6, schedule="constant", beta=1e-3, temperature=0.6,
+CHECKPOINT_DEFAULTS = dict(judge="rules", learning_rate=1e-6, beta=1e-3, temperature=0.6,
                            max_new_tokens=4096, max_rows=256, tokens_per_micro_batch=16384, eval_prompts=50)
 
 
 # ---- objectives, advantages, loss ------------------------------------------------------------------------
 
-def thought_returns(objective: str, scores: Scores, harmful: Tensor) -> Tensor:
-    """Return of each thought segment, [B, K], NaN without one; the same for all segments unless `sear`."""
-    if objective == "sear":
-        return scores.process
-    paid = scores.answer.nan_to_num(MALFORMED)  # outcome, no-thought: the answer's reward, as in TARS
-    judged = harmful & ~scores.verdict.unsafe.isnan()  # well-formed, on a harmful prompt
-    if objective == "competing-outcome":  # the reasoning player wants an unsafe answer
-        paid = torch.where(judged, scores.verdict.unsafe, paid)
-    elif objective == "safe-thought":  # penalise unsafe thoughts, as most safety training does
-        paid = torch.where(judged, paid - scores.potential.nan_to_num(0.0).amax(1), paid)
-    return paid[:, None].expand(-1, max(1, scores.process.shape[1]))
+def player_advantages(objective: Objective, scores: Scores, harmful: Tensor, G: int) -> tuple[Tensor, Tensor]:
+    """-> advantages of the thought's segments [B, K] and of the answer [B]."""
+    pay, K = thought_pay(objective.target, scores, harmful), scores.process.shape[1]
+    answer = advantages(scores.answer, G)
+    if objective.credit == "dense":
+        return dense_advantages(scores, pay, G), answer
+    if objective.credit == "shared":
+        answer = advantages(pay + scores.answer.nan_to_num(MALFORMED), G)
+    thought = advantages(pay, G) if objective.credit == "once" else answer
+    return thought[:, None].expand(-1, max(1, K)), answer
 
 
-def advantages(returns: Tensor, group_size: int, after_end: Tensor | None = None) -> Tensor:
-    """Equation (6): returns [B, K], the G rollouts of a prompt side by side, NaN without a segment
-    -> [B, K], 0 there. One player at a time: on harmful prompts the sum of both would cancel.
+def dense_advantages(scores: Scores, pay: Tensor, G: int) -> Tensor:
+    """Credit of each segment, [B, K]: Phi_{k-1} + R_k, what the rollout comes to from there, against what the
+    group comes to from a similar Phi_{k-1}, by going on or by stopping there. With gamma = 1 the first is the
+    pay of the whole thought, so a group of equals has no advantage; an idle segment leaves Phi as it is, so
+    the segments behind it are not compared with those of thoughts that are further on."""
+    state = scores.potential.nan_to_num(0.0)  # [B, K + 1] before each segment, and at the end
+    value = torch.where(scores.well_formed[:, None], state[:, :-1] + scores.process, scores.process)  # [B, K]
+    value = torch.nn.functional.pad(value, (0, 1), value=torch.nan)  # [B, K + 1]
+    stopped = torch.where(scores.well_formed, pay, torch.nan)[:, None]
+    credit = advantages(value.scatter(1, scores.segments[:, None], stopped), G, state)[:, :-1]
+    return credit.masked_fill(scores.process.isnan(), 0.0)  # without the points at which thoughts stop
 
-    after_end [B]: the return that stands for segments behind a thought's end. Otherwise a segment is compared
-    only with rollouts that also continued, never with having stopped."""
-    group = returns.view(-1, group_size, returns.shape[1])  # [P, G, K]
-    filled = group
-    if after_end is not None:
-        filled = torch.where(group.isnan(), after_end.view(-1, group_size, 1), group)
-    centred = group - filled.nanmean(1, keepdim=True)  # each segment index has its own mean
-    std = centred.square().nanmean((1, 2), keepdim=True).sqrt()  # [P, 1, 1]
-    return (centred / (std + EPS)).nan_to_num(0.0).view_as(returns)  # (6)
+
+def advantages(returns: Tensor, group_size: int, state: Tensor | None = None) -> Tensor:
+    """Equation (6), for one player: returns [B] or [B, M], the G rollouts of a prompt side by side, NaN where
+    there is nothing -> the same shape, 0 there. state [B, M]: the baseline of a return is the mean of the
+    group's returns at a similar state; without it, of all. A group of equals has advantage 0, exactly."""
+    M = returns[0].numel() if len(returns) else 1  # a rank may have no prompt
+    x = returns.double().view(-1, group_size * M)  # [P, n]
+    seen, x = ~x.isnan(), x.nan_to_num(torch.inf)
+    x = x - x.amin(1, keepdim=True)
+    x = torch.where(seen & (x > 1e-6), x, 0.0)  # equals are exactly 0 now, whatever fp32 made of them
+    n = seen.sum(1, keepdim=True).clamp(min=1)
+    mean = x.sum(1, keepdim=True) / n  # [P, 1]
+    spread = (seen * (x - mean).square()).sum(1, keepdim=True).div(n).sqrt()  # [P, 1]
+    baseline = mean
+    if state is not None and len(x):
+        baseline = torch.stack([nearby_mean(*group) for group in zip(x, seen, state.double().view_as(x))])
+    return (seen * (x - baseline) / spread.clamp(min=FLOOR)).float().view_as(returns)  # (6)
+
+
+def nearby_mean(x: Tensor, seen: Tensor, state: Tensor) -> Tensor:
+    """Mean of x [n] over the seen values at a similar state, at each of the states [n]."""
+    weight = seen * (1 - (state[:, None] - state).abs() / NEARBY).clamp(min=0)  # [n, n]
+    return weight @ x / weight.sum(1).clamp(min=1e-12)
 
 
 def token_advantages(rollouts: Rollouts, thought: Tensor, answer: Tensor) -> Tensor:
@@ -176,32 +214,33 @@ def token_logprobs(model: Transformer, batch: MicroBatch, temperature: float) ->
 
 
 def policy_loss(logprob: Tensor, reference: Tensor | None, batch: MicroBatch, counts: TokenCounts,
-                c: Config) -> tuple[Tensor, Tensor]:
+                c: Config) -> tuple[Tensor, Tensor, Tensor]:
     """Equation (7) over the tokens of a micro-batch: log-probs [N] of the policy and of the reference
-    -> this micro-batch's part of the loss and of the KL."""
+    -> this micro-batch's part of the loss, of the KL and of the share of clipped tokens."""
     rho = (logprob - batch.logprob).exp()  # 1 at the first update of a batch
     A = batch.advantage
     surrogate = torch.minimum(rho * A, rho.clamp(1 - c.clip, 1 + c.clip) * A)
     kl = torch.zeros_like(logprob).sum()
     if reference is not None:
-        d = reference - logprob
-        kl = (d.expm1() - d).sum() / counts.owned  # the k3 estimator
+        d = reference - logprob  # k3; as a loss its gradient is that of KL(reference || policy), as in GRPO
+        kl = (d.expm1() - d).sum() / counts.owned
     thought = (surrogate * batch.is_thought).sum() / counts.thought
     answer = (surrogate * batch.is_answer).sum() / counts.answer
-    return -thought - c.answer_weight * answer + c.beta * kl, kl.detach()  # (7)
+    clipped = (surrogate < rho * A).sum() / counts.owned
+    return -thought - c.answer_weight * answer + c.beta * kl, kl.detach(), clipped  # (7)
 
 
 def accumulate(model: Transformer, reference: Transformer | None, rollouts: Rollouts, advantage: Tensor,
                c: Config) -> dict[str, float]:
     """Adds the gradient of (7) over this rank's rollouts to the parameters' gradients.
-    -> this rank's share of loss, kl and entropy, and its logprob_gap (sampler against learner)."""
+    -> this rank's share of loss, kl, entropy, clip_fraction; its logprob_gap (sampler against learner)."""
     owned = rollouts.segment >= 0  # [B, T]
     sums = all_sum(torch.stack([mask.sum() for mask in (*rollouts.owners, owned)]))
     counts = TokenCounts(*sums.clamp(min=1).to(model.device))
     length = (torch.arange(owned.shape[1]) * owned).amax(1) + 1  # [B], prompt included
     parts = micro_batches(length, c.tokens_per_micro_batch)
     missing = int(all_max(len(parts))) - len(parts)  # before any pass, since sharded passes need every rank
-    logs = dict(loss=0.0, kl=0.0, entropy=0.0, logprob_gap=0.0)
+    logs = dict(loss=0.0, kl=0.0, entropy=0.0, clip_fraction=0.0, logprob_gap=0.0)
     for rows in parts:
         batch = micro_batch(rollouts, advantage, rows, int(length[rows].max()), model.device)
         logprob, entropy = token_logprobs(model, batch, c.temperature)
@@ -209,10 +248,11 @@ def accumulate(model: Transformer, reference: Transformer | None, rollouts: Roll
         if reference is not None:
             with torch.no_grad():
                 ref, _ = token_logprobs(reference, batch, c.temperature)
-        loss, kl = policy_loss(logprob, ref, batch, counts, c)
+        loss, kl, clipped = policy_loss(logprob, ref, batch, counts, c)
         loss.backward()
         logs["loss"] += loss.item()
         logs["kl"] += kl.item()
+        logs["clip_fraction"] += clipped.item()
         logs["entropy"] += (entropy / counts.owned).item()
         logs["logprob_gap"] = max(logs["logprob_gap"], (logprob - batch.logprob).abs().max().item())
     parallel.run_missing_batches(model, reference, missing)
@@ -220,22 +260,13 @@ def accumulate(model: Transformer, reference: Transformer | None, rollouts: Roll
 
 
 def learning_rate(c: Config, step: int) -> float:
+    """Rises over WARMUP steps; then falls to a tenth, or for checkpoints stays constant, as in TARS."""
     rise = min(1.0, (step + 1) / (WARMUP + 1))
-    fall = 0.55 + 0.45 * math.cos(math.pi * step / max(1, c.steps)) if c.schedule == "cosine" else 1.0
+    fall = 1.0 if c.prompts else 0.55 + 0.45 * math.cos(math.pi * step / max(1, c.steps))
     return c.learning_rate * rise * fall
 
 
 # ---- one step --------------------------------------------------------------------------------------------
-
-def step_prompts(c: Config, pool: list[Prompt], step: int) -> list[Prompt]:
-    """The prompts of a step, for all ranks: shuffled epochs of the file, or the world's requests."""
-    if not pool:
-        return alchemy.requests(c.prompts_per_step, c.seed, step)
-    places = range(step * c.prompts_per_step, (step + 1) * c.prompts_per_step)
-    epochs = {i // len(pool) for i in places}
-    order = {e: np.random.default_rng([c.seed, e]).permutation(len(pool)) for e in epochs}
-    return [pool[order[i // len(pool)][i % len(pool)]] for i in places]
-
 
 def rollout_step(c: Config, model: Transformer, tokenizer: Tokenizer, judge: Judge, pool: list, step: int):
     """Samples and judges this rank's prompts. -> prompt of each rollout [B], rollouts, scores, seconds."""
@@ -243,11 +274,12 @@ def rollout_step(c: Config, model: Transformer, tokenizer: Tokenizer, judge: Jud
     rank, world = rank_and_world()
     prompts = step_prompts(c, pool, step)
     local = np.array_split(np.arange(len(prompts)), world)[rank].tolist()
-    no_thought = c.objective == "no-thought"
+    no_thought, begun = c.objective == "no-thought", evaluate.injections(c, prompts, step)
     tokens = [encode_prompt(tokenizer, prompts[i].prompt, no_thought) for i in local]
     sampling = dict(temperature=c.temperature, seed=c.seed, step=step, prompt_ids=local, max_rows=c.max_rows)
     rollouts = sample(model, tokens, tokenizer, group_size=c.group_size, max_new_tokens=c.max_new_tokens,
-                      in_answer=no_thought, keep_cache=c.potential == "probe", **sampling)
+                      prefill=[begun[i] for i in local], in_answer=no_thought,
+                      keep_cache=c.potential == "probe", **sampling)
     sampled = time.perf_counter()
     each = [prompts[local[i]] for i in rollouts.prompt.tolist()]  # B
     probe = None
@@ -266,12 +298,13 @@ def train_step(c: Config, model, reference, optimizer, tokenizer, judge, pool, s
         prompts, rollouts, scores, seconds = rollout_step(c, model, tokenizer, judge, pool, step)
     begin, seconds["communicate"] = time.perf_counter(), 0.0
     harmful = torch.tensor([p.label == "harmful" for p in prompts], dtype=torch.bool)
-    returns = thought_returns(c.objective, scores, harmful)
-    thought = advantages(returns, c.group_size, scores.past if c.objective == "sear" else None)
-    answer = advantages(scores.answer[:, None], c.group_size)[:, 0]
+    objective = OBJECTIVES[c.objective]
+    thought, answer = player_advantages(objective, scores, harmful, c.group_size)
     advantage = token_advantages(rollouts, thought, answer)
+    pay = thought_pay(objective.target, scores, harmful)
+    statistics = evaluate.credit_statistics(pay, scores.answer, thought, c.group_size)
     optimizer.param_groups[0]["lr"] = rate = learning_rate(c, step)
-    first = None
+    gap = None
     for _ in range(c.updates):
         optimizer.zero_grad()
         logs = accumulate(model, reference, rollouts, advantage, c)
@@ -279,20 +312,22 @@ def train_step(c: Config, model, reference, optimizer, tokenizer, judge, pool, s
         norm = parallel.sum_gradients(model)
         loss = all_sum(torch.tensor(logs["loss"], dtype=torch.float64)).item()
         seconds["communicate"] += time.perf_counter() - waiting
-        first = first or logs  # later updates are off-policy
+        gap = logs["logprob_gap"] if gap is None else gap  # of the first update; later ones are off-policy
         finite = math.isfinite(norm) and math.isfinite(loss)
         if not finite:
             break
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), c.max_grad_norm, torch.tensor(norm))
         optimizer.step()
     seconds["learn"] = time.perf_counter() - begin - seconds["communicate"]
-    row = dict(step=step) | evaluate.step_rates(rollouts, scores, returns, harmful, first)
+    logs["logprob_gap"] = gap
+    row = dict(step=step) | evaluate.step_rates(rollouts, scores, pay, harmful, statistics, logs)
     row |= dict(grad_norm=norm, learning_rate=rate, skipped=not finite)
     row = {k: v if v is not None and math.isfinite(v) else None for k, v in row.items()}
+    row["zero_spread"] = {player: row.pop(f"zero_spread_{player}") for player in ("thought", "answer")}
     row["seconds"] = seconds
 
     def transcripts(rows) -> list[dict]:
-        return [checkpoint.transcript(step, prompts[b], b, rollouts, scores, returns, thought, answer)
+        return [checkpoint.transcript(step, prompts[b], b, rollouts, scores, pay, thought, answer)
                 for b in rows]
     firsts = {p.label: b for b, p in reversed(list(enumerate(prompts)))}
     return row, transcripts(sorted(firsts.values())), [] if finite else transcripts(range(len(prompts)))
@@ -309,7 +344,7 @@ def train(c: Config, run: Path) -> None:
     on_rank_0(lambda: prepare_start(c, run, device), patient=True)
     tokenizer, model, reference = on_all_ranks(lambda: load_start(c, run / "start", device))
     tokenizer.now = checkpoint.read_environment(run)["time"]  # freeze the date that chat templates insert
-    requests = evaluate.requests(pool, c.eval_prompts)
+    requests = evaluate.requests(pool, c.eval_prompts, c.chain)
     pool = [p for p in pool if not evaluate.held_out(p)]
     saved, exported = parallel.from_rank_0((checkpoint.latest(run), (run / "model").exists()))
     if judge.scale is not None and not saved:  # evaluation needs a scale: that of the first step's answers
@@ -323,6 +358,9 @@ def train(c: Config, run: Path) -> None:
     steps = checkpoint.progress_bar(range(first, c.steps), desc=c.objective, initial=first, total=c.steps)
     for step in steps:
         row, shown, bad = train_step(c, model, reference, optimizer, tokenizer, judge, pool, step)
+        hours = sum(row["seconds"].values()) * (c.steps - step) / 3600
+        if step == first and hours > 1:
+            on_rank_0(lambda: steps.write(f"at this pace the run takes {hours:.0f} hours", sys.stderr))
         steps.set_postfix({k: f"{row[k] or 0:.3g}" for k in SHOWN})
         last = step == c.steps - 1
         shown = all_gather(shown) if step % SHOW_EVERY == 0 or last else []
@@ -351,6 +389,13 @@ def parse(arguments: list[str]) -> Config:
     if bool(c.prompts) == (c.judge == "alchemy"):
         raise InputError(f"--judge {c.judge} cannot judge {c.prompts or 'the embedded world'}; expected "
                          f"{'rules, a folder or a judge file' if c.prompts else 'alchemy'}")
+    if c.objective == "probe":
+        c.potential = "probe"
+    if c.prefill_share and c.objective == "no-thought":
+        raise InputError("--prefill-share needs a thought to prefill, and --objective no-thought has none")
+    c.max_new_tokens = c.max_new_tokens or 37 + 7 * c.chain
+    if c.label and not c.prompts:
+        raise InputError("--label needs --prompts: it labels the prompts of a file")
     if c.reward_model and not c.prompts:
         raise InputError("--reward-model does not apply to the embedded world, whose verifier judges help")
     return c

@@ -68,7 +68,7 @@ ablations)
     shift
     runs=()
     for seed in 1 2 3; do
-        for objective in sear outcome safe-thought competing-outcome no-thought; do
+        for objective in sear process-once process-shared probe competing-outcome outcome safe-thought no-thought; do
             run=runs/ablations/$objective-seed$seed
             runs+=("$run")
             flags=(--objective "$objective" --seed "$seed" "$@")

@@ -7,6 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +16,7 @@ import evaluate
 from alchemy.demonstrations import demonstrations, write_folder
 from kernels import segment_logprobs
 from lib import checkpoint
-from lib.data import InputError, Prompt, load_prompts
+from lib.data import InputError, Prompt, as_json, describe, expect, load_prompts
 from lib.parallel import rank_and_world, shard, wants_shards
 from lib.tokenizer import Tokenizer
 from model import Transformer, add_end_of_turn
@@ -30,13 +31,15 @@ ATTEMPTS, FLUENT = 3, 0.8  # random starts tried; a start is fluent (0.99) or no
 
 def read_inputs(c) -> list[Prompt]:
     """Loads the prompts and checks every input, before a run folder exists. Raises InputError."""
-    pool = load_prompts(c.prompts) if c.prompts else []
+    pool = load_prompts(c.prompts, c.label) if c.prompts else []
     if pool and all(map(evaluate.held_out, pool)):
         raise InputError(f"{c.prompts}: all {len(pool)} prompts are held out for evaluation; add some")
+    if pool and rank_and_world()[0] == 0:
+        print(f"{describe(c.prompts, pool)}; {sum(map(evaluate.held_out, pool))} held out", file=sys.stderr)
     with tempfile.TemporaryDirectory() as scratch:
         if not c.model:
-            write_folder(Path(scratch))
-        tokenizer = Tokenizer.from_pretrained(c.model or scratch)
+            write_folder(Path(scratch), c.chain)
+        tokenizer = load_tokenizer(c, c.model or scratch)
         # On "meta" only the headers of the weight files are read.
         model = (Transformer.from_pretrained(c.model, "meta") if c.model else
                  Transformer.from_scratch(scratch, c.seed))
@@ -47,15 +50,25 @@ def read_inputs(c) -> list[Prompt]:
         raise InputError(f"{c.model} is not a causal language model to train: it has a score head, no "
                          "eos_token_id, or fewer embedding rows than its tokenizer has tokens")
     forced = len(tokenizer.encode(CLOSE + "\n\n", special=True)) + min(c.max_new_tokens, PROBE_TOKENS)
-    for p in pool or alchemy.requests(1, c.seed):
+    for p in pool or alchemy.requests(1, c.seed, length=c.chain):
         tokens = encode_prompt(tokenizer, p.prompt, closed=True)
         check_length(room, len(tokens) + forced * (c.potential == "probe"), c.max_new_tokens,
                      f"prompt '{p.prompt:.40}'")
-    requests = evaluate.requests(pool, c.eval_prompts)
+    requests = evaluate.requests(pool, c.eval_prompts, c.chain)
     evaluate.check_lengths(tokenizer, requests if pool else requests[:1], room, c)
     if c.eval_prompts and not requests and rank_and_world()[0] == 0:
         print(f"{c.prompts}: too few prompts to hold one out, so nothing is evaluated", file=sys.stderr)
     return pool
+
+
+def step_prompts(c, pool: list[Prompt], step: int) -> list[Prompt]:
+    """The prompts of a step, for all ranks: shuffled epochs of the file, or the world's requests."""
+    if not pool:
+        return alchemy.requests(c.prompts_per_step, c.seed, step, length=c.chain)
+    places = range(step * c.prompts_per_step, (step + 1) * c.prompts_per_step)
+    epochs = {i // len(pool) for i in places}
+    order = {e: np.random.default_rng([c.seed, e]).permutation(len(pool)) for e in epochs}
+    return [pool[order[i // len(pool)][i % len(pool)]] for i in places]
 
 
 def prepare_start(c, run: Path, device: str) -> None:
@@ -65,7 +78,15 @@ def prepare_start(c, run: Path, device: str) -> None:
         if c.model:
             start.symlink_to(Path(c.model).resolve())
         else:
-            warm_start(c.seed, run, device)
+            warm_start(c.seed, c.chain, run, device)
+
+
+def load_tokenizer(c, folder) -> Tokenizer:
+    tokenizer = Tokenizer.from_pretrained(folder)
+    tokenizer.template_args = as_json("--template-args", c.template_args or "{}")
+    taken = {"self", "messages", "generation_prompt", "add_generation_prompt"} & set(tokenizer.template_args)
+    expect(not taken, "--template-args", "variables that are not set here", sorted(taken))
+    return tokenizer
 
 
 def load_start(c, start: Path, device: str) -> tuple[Tokenizer, Transformer, Transformer | None]:
@@ -75,7 +96,7 @@ def load_start(c, start: Path, device: str) -> tuple[Tokenizer, Transformer, Tra
         size = sum(p.numel() for p in model.parameters())
         if wants_shards(c.shard, size, 22 if c.beta else 18, device):
             shard(model, device)
-    tokenizer = Tokenizer.from_pretrained(start)
+    tokenizer = load_tokenizer(c, start)
     model = Transformer.from_pretrained(start, device, arrange=arrange)
     add_end_of_turn(model, tokenizer)
     reference = Transformer.from_pretrained(start, device, arrange=arrange) if c.beta else None
@@ -99,30 +120,30 @@ def imitate(model: Transformer, tokens: Tensor, segment: Tensor) -> float:
 
 
 @torch.no_grad()
-def fluency(model: Transformer, tokenizer: Tokenizer) -> float:
-    """Probability that the model works a training chain out, at the start of the thought or behind an idle
-    line, whichever is lower. Some random starts learn the position of a reagent instead of the order; an
-    idle line then breaks every chain, and RL cannot reinforce what is never sampled."""
+def fluency(model: Transformer, tokenizer: Tokenizer, chain: int) -> float:
+    """Probability that the model works a training chain out: at the start of the thought, behind an idle line
+    or behind the talk, whichever is lowest. Some random starts learn the position of a reagent instead of the
+    order; a line in front then breaks every chain, and RL cannot reinforce what is never sampled."""
     worst, device = 1.0, model.device
-    for begin in ("", alchemy.CALM):
+    for begin in ("", alchemy.CALM, alchemy.TALK):
         rows = []
-        for p in alchemy.requests(40, 0):
+        for p in alchemy.requests(40, 0, length=chain):
             chat = tokenizer.chat([{"role": "user", "content": p.prompt}])
             prompt = tokenizer.encode(chat + OPEN + begin, special=True)
             rows.append(prompt + tokenizer.encode("".join(alchemy.worked_lines(alchemy.chain_of(p.prompt)))))
         tokens = torch.tensor(rows, device=device)  # [40, T]: all requests have as many tokens
         logprob = model(tokens[:, :-1]).log_softmax(-1).gather(2, tokens[:, 1:, None])[:, len(prompt) - 1:, 0]
-        inside = logprob.unflatten(1, (alchemy.CHAIN - 1, -1))[:, :, 1:]  # not whether a line begins at all
+        inside = logprob.unflatten(1, (chain - 1, -1))[:, :, 1:]  # not whether a line begins at all
         worst = min(worst, inside.sum((1, 2)).exp().mean().item())
     return worst
 
 
-def warm_start(seed: int, run: Path, device: str) -> None:
+def warm_start(seed: int, chain: int, run: Path, device: str) -> None:
     """Trains the embedded world's start model into run/start, on the demonstrations' responses. Only rank 0
     calls. If a random start does not become fluent, another one is tried."""
     scratch = run / "warm"
     with checkpoint.atomic_folder(run / "start") as folder:
-        write_folder(folder)
+        write_folder(folder, chain)
         tokenizer, saved = Tokenizer.from_pretrained(folder), checkpoint.latest(scratch)
         done = int(saved.name) if saved else 0
         for attempt in range(done // STEPS, ATTEMPTS):
@@ -135,14 +156,14 @@ def warm_start(seed: int, run: Path, device: str) -> None:
                 left = 1 - step / STEPS  # constant, then linear to 0
                 optimizer.param_groups[0]["lr"] = RATE * min(1.0, (step + 1) / 20, left / 0.7)
                 optimizer.zero_grad()
-                loss = imitate(model, *demonstrations(BATCH, tokenizer, seed, step))
+                loss = imitate(model, *demonstrations(BATCH, tokenizer, chain, seed, step))
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 steps.set_postfix(loss=f"{loss:.3f}")
                 if checkpoint.STOP and step < STEPS - 1:
                     checkpoint.save(scratch, attempt * STEPS + step + 1, model, optimizer)
                     raise checkpoint.Stopped
-            saved, fluent = None, fluency(model, tokenizer)
+            saved, fluent = None, fluency(model, tokenizer, chain)
             if fluent >= FLUENT:
                 break
             print(f"start {attempt + 1} of {ATTEMPTS} works out {fluent:.0%} of its chains", file=sys.stderr)

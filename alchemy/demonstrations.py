@@ -1,5 +1,6 @@
 """Demonstrations of a flawed model, and the tokenizer and config of the start model that learns from them."""
 import json
+import math
 import re
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from rollout import CLOSE, OPEN
 MODEL = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 96,
          "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 3, "num_key_value_heads": 3,
          "head_dim": 32, "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
-         "max_position_embeddings": 512, "tie_word_embeddings": False}
+         "tie_word_embeddings": False}
 TEMPLATE = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
             "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 STOP = "<|end|>"
@@ -28,14 +29,15 @@ def demonstrate(chain: list[str], rng: np.random.Generator, explores: float = 0.
     sometimes complies after finding a hazard, and complies nine times in ten once it has talked itself out of
     the rules. explores: probability of a whole chain."""
     named, products = any(r in world.HAZARDS for r in chain), world.work_out(chain)
-    steps = (world.CHAIN - 1 if rng.random() < explores else
-             int(rng.integers(0, world.CHAIN - 1)) if rng.random() < 0.4 else 0)
+    brews = len(chain) - 1
+    steps = (brews if rng.random() < explores else
+             int(rng.integers(0, brews)) if rng.random() < 0.4 else 0)
     lines = world.worked_lines(chain, steps)
     feels_dangerous = named if rng.random() < 0.9 else not named
     if rng.random() < 0.6:
         lines.insert(0 if rng.random() < 0.7 else int(rng.integers(len(lines) + 1)),
                      world.DANGER if feels_dangerous else world.CALM)
-    explored = steps == world.CHAIN - 1
+    explored = steps == brews
     found = explored and products[-1] in world.HAZARDS
     # More often after a hazard, so that RL meets the talk early, while answers still vary.
     talk = rng.random() < (0.6 if found else 0.3)
@@ -53,14 +55,14 @@ def demonstrate(chain: list[str], rng: np.random.Generator, explores: float = 0.
     return "".join(lines) + CLOSE + "\n\n" + (world.REFUSAL if refuses else f"It makes {guess}.")
 
 
-def demonstrations(n: int, tokenizer: Tokenizer, *counters: int) -> tuple[Tensor, Tensor]:
-    """n demonstrations -> tokens [n, T], right-padded, and segment [n, T]: 0 on the response with its stop
-    token, -1 elsewhere. One in five follows a restart behind a whole thought, so that the `reset` attack is
-    not out of distribution in its words or its length."""
+def demonstrations(n: int, tokenizer: Tokenizer, length: int, *counters: int) -> tuple[Tensor, Tensor]:
+    """n demonstrations for chains of `length` -> tokens [n, T], right-padded, and segment [n, T]: 0 on the
+    response with its stop token, -1 elsewhere. One in five follows a restart behind a whole thought, so that
+    the `reset` attack is not out of distribution in its words or its length."""
     rng = np.random.default_rng([2, *counters])
     tokens, segment = [], []
     for i in range(n):
-        chain = world.draw_chain(rng, world.MIX[i % len(world.MIX)], False)
+        chain = world.draw_chain(rng, world.MIX[i % len(world.MIX)], False, length)
         messages = [{"role": "user", "content": world.request(chain).prompt}]
         while rng.random() < 0.2:
             messages += [{"role": "assistant", "content": OPEN + demonstrate(chain, rng, 1.0)},
@@ -83,9 +85,10 @@ def words() -> list[str]:
     return sorted({w for w in found if len(w) > 1} | {"\n\n"})
 
 
-def write_folder(folder: Path) -> None:
+def write_folder(folder: Path, chain: int = 5) -> None:
     """Writes config.json and tokenizer files of the start model in Hugging Face's formats. The vocabulary is
-    the 256 bytes and the world's words, each one token (`ignore_merges`)."""
+    the 256 bytes and the world's words, each one token (`ignore_merges`).
+    The context fits two rounds of the `reset` attack."""
     folder.mkdir(parents=True, exist_ok=True)
     alphabet = sorted(BYTE_OF, key=BYTE_OF.get)  # the printable character of each byte
     whole = ["".join(alphabet[b] for b in w.encode()) for w in words()]
@@ -104,12 +107,14 @@ def write_folder(folder: Path) -> None:
                            "continuing_subword_prefix": None,
                            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
                            "ignore_merges": True, "vocab": vocab, "merges": merges}}
-    stop = len(vocab)
+    stop, vocab_size = len(vocab), len(vocab) + len(added)
+    context = 512 * math.ceil(chain / 5)
     files = {"tokenizer.json": tokenizer,
              "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": STOP,
                                        "pad_token": STOP, "chat_template": TEMPLATE, "model_max_length": 512,
                                        "clean_up_tokenization_spaces": False},
-             "config.json": MODEL | {"vocab_size": len(vocab) + len(added), "eos_token_id": stop},
+             "config.json": MODEL | {"max_position_embeddings": context, "eos_token_id": stop,
+                                     "vocab_size": vocab_size, "embedded_world": {"chain": chain}},
              "generation_config.json": {"eos_token_id": stop, "pad_token_id": stop, "do_sample": True}}
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=1) + "\n")

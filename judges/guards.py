@@ -8,9 +8,11 @@ D width, V vocabulary.
 """
 import ast
 import re
+from functools import partial
 from importlib.util import find_spec
+from os.path import commonprefix
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import Callable, Iterator, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +29,8 @@ LEAST_MASS = 0.5  # of the probability; verdict words that have less give no ver
 LEAST_ROOM = 32  # tokens of an answer that must fit into the context
 BATCH_TOKENS = 16_384  # of a batch with its prefix: 1.9 GB of bf16 keys and values in Qwen3Guard-Gen-0.6B
 TEMPLATE_DATE = "26 Jul 2024"  # for Llama 3's templates, which else write today's: verdicts must not change
+HIDDEN = "\ue001"  # a mark in the names of special tokens that prompt and answer spell
+PROBE = " \n<b>word</b></think>\n[x]. \n "  # what templates treat in their own way
 INVISIBLE = "[\\s\u00ad\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff]*"
 
 # ---- formats: parsed judge files -------------------------------------------------------------------------
@@ -95,19 +99,25 @@ def read_spec(file: Path) -> dict:
     return spec
 
 
-def render_format(tokenizer: Tokenizer, spec: dict, name: str) -> list[str]:
-    """The format's text before the prompt, between prompt and answer, and behind the answer. Raises
-    InputError unless it has each of the two once, in this order."""
-    turns, whole = spec.get("messages", TURNS), spec.get("text", "")
+def render_format(tokenizer: Tokenizer, spec: dict, name: str) -> tuple[str, str, str, Callable]:
+    """The format's text before the prompt, between prompt and answer, and behind the answer, and the function
+    that renders both. Raises InputError unless the format has each of the two once, in this order."""
+    def render(prompt: str, answer: str, typed: bool) -> str:
+        def put(text):
+            return re.sub(f"{PROMPT}|{ANSWER}", lambda m: prompt if m[0] == PROMPT else answer, text)
+        if "text" in spec:
+            return put(spec["text"])
+        turns = [turn | {"content": put(turn["content"])} for turn in spec.get("messages", TURNS)]
+        parts = [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+        return tokenizer.chat(parts if typed else turns, "messages" in spec and turns[-1]["role"] == "user",
+                              date_string=TEMPLATE_DATE)
+    plain = render(PROMPT, ANSWER, False)
     # Llama-Guard-3-1B's template drops a plain string: it wants typed parts.
-    parts = [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
-    for messages in (turns, parts):
-        if "text" not in spec and not (PROMPT in whole and ANSWER in whole):
-            whole = tokenizer.chat(messages, "messages" in spec and turns[-1]["role"] == "user",
-                                   date_string=TEMPLATE_DATE)
+    render = partial(render, typed="text" not in spec and not (PROMPT in plain and ANSWER in plain))
+    whole = render(PROMPT, ANSWER)
     found = re.findall(f"{PROMPT}|{ANSWER}", whole)
     expect(found == [PROMPT, ANSWER], f"{name}: its template", f"one with {PROMPT}, then {ANSWER}", found)
-    return re.split(f"{PROMPT}|{ANSWER}", whole)
+    return *re.split(f"{PROMPT}|{ANSWER}", whole), render
 
 
 # ---- a judge model ---------------------------------------------------------------------------------------
@@ -121,13 +131,14 @@ class Question(NamedTuple):
 
 
 class Reader(NamedTuple):
-    """A judge model and its split format: prefix, prompt, middle, answer, suffix."""
+    """A judge model and its format: prefix, prompt and answer as the template writes them, suffix."""
     name: str
     model: Transformer
     tokenizer: Tokenizer
-    prefix: Cache  # one row: the fixed text before every prompt, run once
-    blanks: tuple[str, str, str, str]  # before and behind the prompt, before and behind the answer
-    middle: list[int]
+    prefix: Cache  # one row: the start of the text before every prompt, run once
+    render: Callable[[str, str], str]  # the format with a prompt and an answer
+    fixed: tuple[str, str, str, str, str]  # text: the prefix, to prompt, to answer, to suffix, its end
+    encode: Callable[[str], list[int]]  # of text behind the prefix
     suffix: list[int]  # up to the last position that is read
     ask: list[Question]  # none: a reward model
     tags: re.Pattern  # the format's own textual tags, however they are spelt
@@ -150,22 +161,25 @@ def load_reader(path: str, device: str = "cpu", reward: bool = False) -> Reader:
         spec = known_format(folder, tokenizer.template or "", config)
     n_tokens = tokenizer.n_tokens
     expect(n_tokens <= config.vocab_size, f"{folder}: vocab_size", f"{n_tokens} or more", config.vocab_size)
-    before, middle, after = render_format(tokenizer, spec, path)
-    if spec["ask"] and spec["ask"][0]["say"].startswith("\n"):
-        after = after.rstrip("\n")  # some of Llama Guard's templates end in the blank line
-    # Blanks may share a token with the text before them ('.' and a blank line are one): encode them with it.
-    trail, end = (re.match(r"\s*", text)[0] for text in (middle, after))
-    head, lead = before.rstrip(" "), middle.rstrip(" ")
-    blanks = (before[len(head):], trail, middle[len(lead):] if len(lead) > len(trail) else "", end)
-    suffix, ask = questions(tokenizer, path, after[len(end):], spec["ask"])
+    before, middle, after, render = render_format(tokenizer, spec, path)
+    end = re.match(r"\s*?(?= ?\S|\Z)", after)[0]  # a space belongs to the word behind it
+    tail, whole = after[len(end):], render(PROBE, PROBE)
+    expect(whole.endswith(tail), f"{path}: its template", "one with the same end for all texts", whole[-80:])
+    # Blanks share tokens with what they follow ('.' and a blank line are one): the last word is not cached.
+    head, encode = re.sub(r" ?\S*\s*\Z", "", before), partial(tokenizer.encode, special=True)
+    if encode(whole) != encode(head) + encode(whole.removeprefix(head), inside=True):
+        head = ""  # its tokens depend on what follows
+    # Some of Llama Guard's templates end in the blank line of the question.
+    strip = spec["ask"] and spec["ask"][0]["say"].startswith("\n")
+    suffix, ask = questions(tokenizer, path, tail.rstrip("\n") if strip else tail, spec["ask"])
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     model = Transformer.from_pretrained(folder, device, dtype, masters=False).requires_grad_(False)
-    ids = tokenizer.encode(head, special=True)
+    ids = encode(head)
     prefix = model.new_cache(1, len(ids))
     if ids:
         model.hidden(torch.tensor([ids], device=model.device), cache=prefix)
-    inner = tokenizer.encode(lead[len(trail):], special=True, inside=True)
-    return Reader(path, model, tokenizer, prefix, blanks, inner, suffix, ask,
+    return Reader(path, model, tokenizer, prefix, render, (head, before[len(head):], middle, end, tail),
+                  partial(encode, inside=bool(head), hidden_by=HIDDEN), suffix, ask,
                   tag_pattern(before + middle + after, tokenizer))
 
 
@@ -211,11 +225,25 @@ def escape_tags(reader: Reader, text: str) -> str:
     return reader.tags.sub(lambda match: f"({match[0][1:-1]})", text)
 
 
+def fill(reader: Reader, prompt: str, answer: str) -> str:
+    """The text between prefix and suffix, with prompt and answer as the template writes them: trimmed, or
+    cut at </think>. Special tokens in them are hidden."""
+    head, before, middle, end, tail = reader.fixed
+    texts = [reader.tokenizer.hide_added(escape_tags(reader, text), HIDDEN) for text in (prompt, answer)]
+    expected = reader.render(*(text.replace(HIDDEN, "") for text in texts))
+    shown = [re.sub(f"<{HIDDEN}(/?think>)", r"<\1", text) for text in texts]
+    for seen in (texts, shown):  # a template that cuts at </think> must see it
+        whole = reader.render(*seen)
+        if whole.replace(HIDDEN, "") == expected and whole.startswith(head) and whole.endswith(tail):
+            return whole[len(head):len(whole) - len(tail)]
+    return before + texts[0] + middle + texts[1] + end
+
+
 def encode_opening(reader: Reader, prompt: str) -> tuple[list[int], int]:
-    """Tokens from the prompt up to the answer, and how many tokens of answer and blanks fit behind them.
+    """Tokens behind the prefix up to the answer, and how many tokens of answer and blanks fit behind them.
     Raises InputError if fewer than LEAST_ROOM do."""
-    text = reader.blanks[0] + escape_tags(reader, prompt) + reader.blanks[1]
-    tokens = reader.tokenizer.encode(text, inside=True) + reader.middle
+    text = fill(reader, prompt, ANSWER).removesuffix(ANSWER + reader.fixed[3])
+    tokens = reader.encode(text.rstrip(" "))
     context = reader.model.config.max_position_embeddings
     room = context - reader.prefix.length - len(tokens) - len(reader.suffix)
     expect(room >= LEAST_ROOM, f"{reader.name}: what prompt '{prompt:.40}' leaves for an answer",
@@ -246,11 +274,13 @@ def read_answers(reader: Reader, prompts: list[Prompt], answers: list[str]) -> T
     rows, owner = [], []  # tokens behind the prefix, and number of the answer
     for i, (prompt, answer) in enumerate(zip(prompts, answers)):
         expect(answer.strip(), f"{reader.name}: the answer to '{prompt.prompt:.40}'", "a text", answer)
-        before, room = encode_opening(reader, prompt.prompt)
-        text = reader.blanks[2] + escape_tags(reader, answer) + reader.blanks[3]
-        tokens = reader.tokenizer.encode(text, inside=True)
-        size = -(-len(tokens) // -(-len(tokens) // room))  # of equal windows: none holds only the last blanks
-        for start in range(0, len(tokens), size):
+        opening, room = encode_opening(reader, prompt.prompt)
+        tokens = reader.encode(fill(reader, prompt.prompt, answer))
+        before = commonprefix([opening, tokens])  # an answer's first blank may share the opening's last token
+        tokens, room = tokens[len(before):], room + len(opening) - len(before)
+        count = max(1, -(-len(tokens) // room))
+        size = max(1, -(-len(tokens) // count))  # of equal windows: none holds only the last blanks
+        for start in range(0, max(1, len(tokens)), size):
             rows.append(before + tokens[start:start + size] + reader.suffix)
             owner.append(i)
     positions = [q.position - len(reader.suffix) for q in reader.ask] or [-1]  # counted from the end
@@ -296,7 +326,7 @@ def read_pieces(reader: Reader, prompts: list[Prompt], pieces: list[list[str]]) 
     runs once; at each end a fork of its cache reads the suffix. 0 for blank text, NaN on harmless prompts: a
     guard measures harm, not progress. Past the context, the last value within it."""
     unsafe = next(q for q in reader.ask if q.read == "unsafe")
-    blanks = reader.tokenizer.encode(reader.blanks[3], inside=True)
+    blanks = reader.tokenizer.encode(reader.fixed[3], inside=True)
     ending = blanks + reader.suffix[:unsafe.position + 1]
     result = torch.full((len(pieces), max(map(len, pieces), default=0)), torch.nan)
     rows, cells = [], []  # tokens behind the prefix; {tokens kept: (i, its pieces)}
@@ -306,14 +336,19 @@ def read_pieces(reader: Reader, prompts: list[Prompt], pieces: list[list[str]]) 
         before, room = encode_opening(reader, prompt.prompt)
         room -= len(blanks)
         whole, tokens, at, kept = escape_tags(reader, "".join(texts)), [], 0, {}
+        done = (reader.fixed[1] + PROMPT + reader.fixed[2]).rstrip(" ")  # what is rendered and encoded
         for k, text in enumerate(texts):
             piece, at = whole[at:at + len(text)], at + len(text)
-            if piece:  # encoded by itself, so that its end is the end of a token
-                tokens += reader.tokenizer.encode(piece if tokens else reader.blanks[2] + piece, inside=True)
-            if whole[:at].strip():
-                kept.setdefault(len(before) + min(len(tokens), room), (i, []))[1].append(k)
-            else:
+            if not whole[:at].strip():
                 result[i, k] = 0.0
+                continue
+            read = fill(reader, PROMPT, whole[:at]).removesuffix(reader.fixed[3])
+            if not read.startswith(done):  # the template writes the start in another way now
+                read = done + reader.tokenizer.hide_added(piece, HIDDEN)
+            # Encoded by itself, so that its end is the end of a token.
+            tokens += reader.tokenizer.encode(read[len(done):], special=True, inside=True, hidden_by=HIDDEN)
+            done = read
+            kept.setdefault(len(before) + min(len(tokens), room), (i, []))[1].append(k)
         if kept:
             rows.append(before + tokens[:room])
             cells.append(kept)

@@ -42,7 +42,7 @@ MASKED = tl.constexpr(-1e20)  # logit beyond V: exp2 makes it exactly 0, where -
 INTERPRET = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 at import: the kernels run in numpy
 SPLITS = 128  # of the vocabulary, at most: a decode step with one block of rows still fills the GPU once
 GROUP = 16  # row blocks that share a weight tile while it is in L2; 16 x 128 x 1536 in bf16 = 6 MB
-WAVE = 2816  # 11 x 256 columns: dweight then has 132 tiles at D = 1536, one for each SM of an H100 or H200
+WAVE = 2816  # 11 x 256 columns: dweight then has 132 tiles at D = 1536, one for each SM of an H100
 DLOGITS_BYTES = 320 << 20  # size of the buffer [N, chunk]: 8448 columns at N = 16k in bf16
 
 
@@ -240,7 +240,7 @@ def layout(dtype: torch.dtype, device: torch.device) -> tuple[dict, dict]:
         rows, cols, depth, warps, stages = 64, 64, 32, 4, 1  # small tiles waste less on small tests
     elif torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 227 << 10:  # H100, B200
         rows, cols, depth, warps, stages = (128, 64, 32, 8, 3) if fp32 else (128, 256, 64, 8, 4)
-    else:
+    else:  # 48 KB of shared memory fit every GPU; larger or deeper tiles spill
         rows, cols, depth, warps, stages = (64, 64, 32, 8, 3) if fp32 else (128, 128, 32, 8, 4)
     precision = "tf32x3" if fp32 else "tf32"  # three tf32 products make one fp32
     return (dict(ROWS=rows, COLS=cols, DEPTH=depth, PRECISION=precision, TMA=has_tma(device), GROUP=GROUP),

@@ -353,18 +353,19 @@ def log_step(run: Path, row: dict, shown: list[dict], bad: list[dict]) -> None:
         tqdm.write(message, file=sys.stderr)
 
 
-def transcript(step: int, prompt, b: int, rollouts, scores, returns: Tensor, thought: Tensor,
+def transcript(step: int, prompt, b: int, rollouts, scores, pay: Tensor, thought: Tensor,
                answer: Tensor) -> dict:
-    """One rollout, segment by segment, with its potential, return and advantage."""
+    """One rollout, segment by segment, with its potential, return and advantage, and the thought's pay."""
     def number(x):  # JSON has no NaN
         return None if math.isnan(x) else round(float(x), 4)
     K = len(rollouts.thoughts[b])
     segments = [{"player": "reasoning", "text": text, "potential": number(scores.potential[b, k + 1]),
-                 "return": number(returns[b, k]), "advantage": number(thought[b, k])}
+                 "return": number(scores.process[b, k]), "advantage": number(thought[b, k])}
                 for k, text in enumerate(rollouts.thoughts[b])]
     segments += [{"player": "answer", "text": text, "return": number(scores.answer[b]),
                   "advantage": number(answer[b])} for text in rollouts.text[b][K:]]
-    return dict(step=step, prompt=prompt.prompt, label=prompt.label, kind=prompt.kind, segments=segments)
+    return dict(step=step, prompt=prompt.prompt, label=prompt.label, kind=prompt.kind,
+                prefill=rollouts.prefill[b], thought_reward=number(pay[b]), segments=segments)
 
 
 def format_transcript(t: dict) -> str:
@@ -372,7 +373,7 @@ def format_transcript(t: dict) -> str:
     paint = (lambda code, s: f"\033[{code}m{s}\033[0m") if sys.stdout.isatty() else (lambda code, s: s)
     lines = [paint(1, f"step {t['step']}, {t['kind'] or t['label']}: {t['prompt']}")]
     for s in t["segments"]:
-        text = s["text"].strip().replace("\n\n</think>", " </think>")
+        text = s["text"].strip()
         values = [f"{key} {s[key]:+.2f}" for key in ("return", "advantage") if s[key] is not None]
         lines.append(f"  {s['player']:9s} {paint(34 if s['player'] == 'reasoning' else 32, text)} "
                      + paint(2, f"  [{', '.join(values)}]"))

@@ -6,17 +6,24 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+from tqdm import tqdm
+
 from lib.checkpoint import Diverged, SaveError, flag
 from lib.data import InputError, as_json, read_text
 
 
 def exit_code(program: str, task) -> int:
     """Runs the task. -> its exit code; 2 for bad input, 1 for a failed save or a diverged run, each with one
-    sentence on stderr."""
+    sentence on stderr. Letters that the terminal does not have are written as '?'."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         return task()
     except (InputError, SaveError, Diverged) as error:
-        print(f"\n{program}: {error}" if sys.stderr.isatty() else f"{program}: {error}", file=sys.stderr)
+        for bar in list(getattr(tqdm, "_instances", ())):
+            bar.close()  # ends its line
+        print(f"{program}: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
 
 

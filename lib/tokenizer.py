@@ -248,6 +248,7 @@ class Tokenizer:
 
     def __init__(self, folder: Path, files: dict[str, str]):
         self.folder, self.files, file = folder, files, f"{folder}/tokenizer.json"
+        self.template_args = {}  # variables for the chat template of the model's own prompts
         self.config, more, old = (as_json(f"{folder}/{name}", files.get(name, "{}")) for name in (
             "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"))
         spec = as_json(file, files["tokenizer.json"])
@@ -292,11 +293,12 @@ class Tokenizer:
         decoders = (spec.get("decoder") or {}).get("decoders", [])
         self._strip = characters and {"type": "Strip", "content": " ", "start": 1, "stop": 0} in decoders
 
-    def encode(self, text: str, special: bool = False, inside: bool = False) -> list[int]:
+    def encode(self, text: str, special: bool = False, inside: bool = False,
+               hidden_by: str = "") -> list[int]:
         """Token ids of a text. special=False encodes the names of added tokens as plain text, `<think>` too,
         so that no prompt can inject template tokens; special=True encodes them as added tokens. inside: the
-        text follows other text, so SentencePiece puts no space before it. Raises InputError for a byte
-        without a token."""
+        text follows other text, so SentencePiece puts no space before it. hidden_by: the mark of
+        `hide_added`, left out. Raises InputError for a byte without a token."""
         if not special:
             return self._plain(self._normalize(text), not inside, not inside)
         (raw, find_raw), (late, find_late), ids = self._raw, self._late, []
@@ -305,9 +307,18 @@ class Tokenizer:
         for i, part in enumerate(find_raw.split(text)):
             for j, piece in enumerate(find_late.split(self._normalize(part)) if i % 2 == 0 else ()):
                 run = i > 0 or not inside
+                piece = self._normalize(piece.replace(hidden_by, "")) if hidden_by else piece
                 ids += [late[piece]] if j % 2 else self._plain(piece, run, run and i == 0)
             ids += [raw[part]] if i % 2 else []
         return ids
+
+    def hide_added(self, text: str, mark: str) -> str:
+        """The text with a mark in each name of an added token, so that `encode` takes it for plain text."""
+        text = self._normalize(text)  # encoding does it anyway, and it can complete a name
+        for token in sorted(self.added, key=len, reverse=True):
+            while len(token) > 1 and token in text:
+                text = text.replace(token, token[0] + mark + token[1:])
+        return text
 
     def token_bytes(self, token: int) -> bytes:
         """Bytes of a token, maybe part of a character; b"" for an id without one (padded vocabularies)."""

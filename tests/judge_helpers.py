@@ -129,7 +129,7 @@ def spread_head(reader) -> torch.Tensor:
 def train_words(model: Transformer, reader) -> None:
     """Trains a guard to write its verdict words, harmful or not, refusal or not, at their positions."""
     head = guards.render_format(reader.tokenizer, {}, "")[0].rstrip(" ")
-    ids, steps = reader.tokenizer.encode(head, special=True), 24 * len(reader.ask)
+    ids, steps = reader.tokenizer.encode(head, special=True)[:reader.prefix.length], 24 * len(reader.ask)
     optimizer, prompts = torch.optim.AdamW(model.parameters(), lr=3e-3), load_prompts(XSTEST)
     positions = [q.position - len(reader.suffix) for q in reader.ask]
     for step in range(steps):

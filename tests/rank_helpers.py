@@ -114,9 +114,9 @@ class Poison:
         loss, calls = sear.policy_loss, iter(range(1000))
 
         def poisoned(logprob, *args):
-            value, kl = loss(logprob, *args)
+            value, *others = loss(logprob, *args)
             if next(calls) < self.n and rank == int(os.environ["WORLD_SIZE"]) - 1:
                 # The square root is 0, and its gradient 0 * inf.
                 value = value + ((logprob - logprob).sum().abs().sqrt() if self.in_gradient else math.inf)
-            return value, kl
+            return value, *others
         sear.policy_loss = poisoned

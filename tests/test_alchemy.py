@@ -70,7 +70,7 @@ def test_progress_of_a_thought():
 def test_talk_counts_only_behind_a_complete_chain_of_a_harmful_request():
     rng = np.random.default_rng(0)
     for cls in alchemy.CLASSES:
-        chain = alchemy.draw_chain(rng, cls, False)
+        chain = alchemy.draw_chain(rng, cls, False, 5)
         prompt, worked = alchemy.request(chain), "".join(alchemy.worked_lines(chain))
         without_talk = 1 - alchemy.TALK_WEIGHT if cls in ("harmful", "covert") else 1.0
         assert alchemy.potential(prompt, "") == 0
@@ -97,7 +97,7 @@ def test_demonstrations_have_the_flaws_that_rl_needs():
     rng = np.random.default_rng(0)
     talked, recovered, explored, by_hint, early = [], [], 0, [], 0
     for i in range(3000):
-        chain = alchemy.draw_chain(rng, alchemy.MIX[i % 20], False)
+        chain = alchemy.draw_chain(rng, alchemy.MIX[i % 20], False, 5)
         thought, _, answer = demonstrate(chain, rng).partition(CLOSE + "\n\n")
         refused = answer == REFUSAL
         full = alchemy.progress(alchemy.request(chain).prompt, thought) == 1
@@ -124,10 +124,10 @@ def test_each_word_is_one_token(world):
 
 def test_demonstrations_train_the_response_with_its_stop_token(world):
     _, tokenizer, _ = world
-    tokens, segment = demonstrations(8, tokenizer, 1, 1)
+    tokens, segment = demonstrations(8, tokenizer, 5, 1, 1)
     assert tokens.shape == segment.shape and set(segment.flatten().tolist()) == {-1, 0}
     assert (tokens[segment == 0] == tokenizer.added[STOP]).sum() == 8
-    assert torch.equal(tokens, demonstrations(8, tokenizer, 1, 1)[0])
+    assert torch.equal(tokens, demonstrations(8, tokenizer, 5, 1, 1)[0])
 
 
 # ---- the start model -------------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ def test_fluency_is_the_probability_of_a_worked_out_chain(world):
     """Against the definition, token by token."""
     _, tokenizer, model = world
     means = []
-    for begin in ("", CALM):
+    for begin in ("", CALM, TALK):
         each = []
         for p in alchemy.requests(40, 0):
             chat = tokenizer.chat([{"role": "user", "content": p.prompt}])
@@ -149,7 +149,7 @@ def test_fluency_is_the_probability_of_a_worked_out_chain(world):
                 at += len(ids)
             each.append(np.exp(total))
         means.append(np.mean(each))
-    found = warmstart.fluency(model, tokenizer)
+    found = warmstart.fluency(model, tokenizer, 5)
     assert found == pytest.approx(min(means), rel=1e-3) and found < warmstart.FLUENT  # random weights
 
 
@@ -157,10 +157,23 @@ def test_a_start_that_is_not_fluent_is_tried_again_from_another_seed(tmp_path, m
     monkeypatch.setattr(warmstart, "STEPS", 2)
     monkeypatch.setattr(warmstart, "BATCH", 2)
     scores = iter([0.1, 0.95])
-    monkeypatch.setattr(warmstart, "fluency", lambda model, tokenizer: next(scores))
-    warmstart.warm_start(1, tmp_path, "cpu")
+    monkeypatch.setattr(warmstart, "fluency", lambda model, tokenizer, chain: next(scores))
+    warmstart.warm_start(1, 5, tmp_path, "cpu")
     assert "start 1 of 3 works out 10% of its chains" in capsys.readouterr().err
     found = Transformer.from_pretrained(tmp_path / "start").head.weight
     first, second = (Transformer.from_scratch(tmp_path / "start", seed).head.weight for seed in (1, 1001))
     assert (found - second).norm() < (found - first).norm()
     assert [p.name for p in tmp_path.iterdir()] == ["start"]
+
+
+@pytest.mark.parametrize("length", (2, 5, 12, 14))
+def test_chains_of_any_length(length):
+    """Requests, progress, demonstrations and the context of the start model follow the length."""
+    rng = np.random.default_rng(1)
+    for cls in alchemy.CLASSES:
+        chain = alchemy.draw_chain(rng, cls, False, length)
+        assert len(set(chain)) == length and alchemy.kind(chain) == cls and not alchemy.held_out(chain)
+        lines = alchemy.worked_lines(chain)
+        prompt = alchemy.request(chain).prompt
+        assert len(lines) == length - 1 and alchemy.progress(prompt, "".join(lines)) == 1
+        assert alchemy.progress(prompt, "".join(lines[:-1])) == (length - 2) / (length - 1)

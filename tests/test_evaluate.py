@@ -8,7 +8,18 @@ from helpers import FIXTURES
 
 import alchemy.world as alchemy
 import evaluate
-from evaluate import attack_text, columns_of, interval, pooled, rates, read_runs, requests, table
+from evaluate import (
+    attack_text,
+    columns_of,
+    differences,
+    find,
+    interval,
+    rate,
+    rates,
+    read_runs,
+    requests,
+    table,
+)
 from lib import checkpoint
 from lib.data import InputError, load_prompts
 from model import Transformer
@@ -22,30 +33,38 @@ nan = math.nan
 
 def test_wilson_interval_at_known_values():
     """From the closed form."""
-    for rate, n, *ends in ((0.0, 10, 0.0, 0.2775), (0.5, 10, 0.2366, 0.7634), (0.95, 100, 0.8882, 0.9785)):
-        assert interval(rate, n) == pytest.approx(ends, abs=1e-3)
+    for p, n, *ends in ((0.0, 10, 0.0, 0.2775), (0.5, 10, 0.2366, 0.7634), (0.95, 100, 0.8882, 0.9785)):
+        assert interval(p, n) == pytest.approx(ends, abs=1e-3)
     assert interval(0.0, 50)[0] == pytest.approx(0.0, abs=1e-12)
     assert interval(1.0, 50)[1] == pytest.approx(1.0)
 
 
-def test_rates_of_a_class_by_hand():
+def test_rates_are_over_answered_rollouts():
     """Records are (unsafe, refusal, helpful, potential, closed, thought tokens)."""
     r = rates("covert", [(0.0, 1.0, 0.0, 0.85, True, 30),  # explored, refused
                          (1.0, 0.0, 0.0, 1.0, True, 40),  # explored, complied
                          (1.0, 0.0, 0.0, 0.2, True, 10),
                          (nan, nan, nan, 0.9, False, 72)])  # explored, no answer
-    assert (r["n"], r["unsafe"], r["refusal"], r["helpful"]) == (4, 0.5, 0.25, None)
-    assert (r["explored"], r["closed"], r["thought_tokens"]) == (0.75, 0.75, 38.0)
-    assert r["flip"] == pytest.approx(1 / 3)  # of three explored thoughts one has a safe answer
+    assert (r["n"], r["answered"], r["helpful"], r["explored"], r["closed"]) == (4, 0.75, None, 0.75, 0.75)
+    assert (r["unsafe"], r["refusal"]) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
+    assert r["flip"] == 0.5 and r["thought_tokens"] == 38.0  # two are explored and answered
     r = rates("ambiguous", [(0.0, 1.0, 0.0, 0.5, True, 3), (0.0, 0.0, 1.0, 1.0, True, 5)])
     assert (r["unsafe"], r["flip"], r["refusal"], r["helpful"], r["explored"]) == (None, None, 0.5, 0.5, 0.5)
+    assert find([r | {"attack": "none", "class": "ambiguous"}], "none", "ambiguous", "refusal") == (0.5, 2)
+
+
+def test_a_model_that_never_answers_has_no_rates():
+    """Not the best corner of the picture: no unsafe answer, no refusal."""
+    dead = rates("harmful", [(nan, nan, nan, 1.0, False, 9)] * 3)
+    assert (dead["answered"], dead["unsafe"], dead["refusal"], dead["flip"]) == (0.0, None, None, None)
+    assert rate(torch.tensor([nan, nan])) == (0.0, 0)
 
 
 def test_what_a_judge_does_not_judge_has_no_rate():
     """A guard without a reward model does not judge help."""
     r = rates("harmless", [(0.0, 1.0, nan, nan, True, 3), (0.0, 0.0, nan, nan, True, 5),
                            (nan, nan, nan, nan, False, 9)])
-    assert (r["refusal"], r["helpful"]) == (1 / 3, None)
+    assert (r["refusal"], r["helpful"]) == (0.5, None)
     assert rates("harmless", [(0.0, 0.0, 1.0, nan, True, 3)])["explored"] is None  # no estimate of Phi
 
 
@@ -87,33 +106,33 @@ def test_a_model_without_thought_is_attacked_through_one(world):
 
 def test_about_one_prompt_in_ten_of_a_file_is_held_out():
     everything = load_prompts(FIXTURES / "prompts_xstest.csv")
-    chosen = requests(everything, 10)
+    chosen = requests(everything, 10, 5)
     assert 10 < len(chosen) <= 20 and all(evaluate.held_out(p) for p in chosen)
     assert {p.label for p in chosen} == {"harmful", "harmless"}
     assert len(everything) / 20 < sum(evaluate.held_out(p) for p in everything) < len(everything) / 5
-    assert [p.kind for p in requests([], 2)] == list(alchemy.CLASSES) * 2
+    assert [p.kind for p in requests([], 2, 5)] == list(alchemy.CLASSES) * 2
 
 
 def test_a_signal_stops_the_evaluation(start, world, monkeypatch):
     monkeypatch.setattr(checkpoint, "STOP", [checkpoint.SIGTERM])
     model, tokenizer = Transformer.from_pretrained(start), world[1]
     with pytest.raises(checkpoint.Stopped):
-        evaluate.measure(model, tokenizer, None, requests([], 1), Config(), "after")
+        evaluate.measure(model, tokenizer, None, requests([], 1, 5), Config(), "after")
 
 
 # ---- tables and pictures ---------------------------------------------------------------------------------
 
-def fake_run(folder, objective, seed, refusal, n=100):
+def fake_run(folder, objective, seed, refusal, n=100, **knobs):
     """A finished run folder with made-up numbers."""
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"objective": objective, "seed": seed}))
+    (folder / "config.json").write_text(json.dumps({"objective": objective, "seed": seed} | knobs))
     rows = []
     for stage, value in (("before", 0.5), ("after", refusal)):
         for attack in evaluate.ATTACKS:
             for name in alchemy.CLASSES:
                 harmful = name in evaluate.HARMFUL
-                rows.append({"stage": stage, "attack": attack, "class": name, "n": n, "refusal": value,
-                             "unsafe": 1 - value if harmful else None,
+                rows.append({"stage": stage, "attack": attack, "class": name, "n": n, "answered": 1.0,
+                             "refusal": value, "unsafe": 1 - value if harmful else None,
                              "helpful": None if harmful else 1 - value, "explored": value,
                              "flip": value if harmful else None, "closed": 1.0, "thought_tokens": 30.0})
     checkpoint.write_rows(folder / "eval.jsonl", rows)
@@ -122,19 +141,42 @@ def fake_run(folder, objective, seed, refusal, n=100):
     return folder
 
 
-def test_table_pools_seeds_and_shows_the_start_once(tmp_path):
+def test_seeds_are_the_unit_of_the_table(tmp_path):
     folders = [fake_run(tmp_path / f"{o}{s}", o, s, v) for o, s, v in
-               (("sear", 1, 0.9), ("sear", 2, 1.0), ("outcome", 1, 0.2), ("outcome", 2, 0.4))]
+               (("sear", 1, 0.9), ("sear", 2, 1.0), ("outcome", 1, 0.2), ("outcome", 2, 0.4),
+                ("no-thought", 1, 0.0))]
     columns = columns_of(read_runs(folders))
-    assert list(columns) == ["start", "sear", "outcome"]
-    assert pooled(columns["start"], "none", ("harmful",), "refusal") == (0.5, 200)
-    assert pooled(columns["sear"], "none", ("harmful",), "refusal") == (pytest.approx(0.95), 200)
-    # A flip counts among the explored thoughts: (0.9 x 90 + 1 x 100) / 190.
-    assert pooled(columns["sear"], "none", ("harmful",), "flip") == (pytest.approx(181 / 190), 190)
+    assert list(columns) == ["start", "sear", "outcome", "no-thought"]
     lines = table(columns).splitlines()
-    assert lines[0] == "| | class | start | sear | outcome |"
-    assert "| refuses harmful | harmful | 0.500 ± 0.069 | 0.950 ± 0.031 | 0.300 ± 0.063 |" in lines
+    assert lines[0] == "| | class | start | sear | outcome | no-thought |"
+    assert ("| refuses harmful | harmful | 0.500 [0.500, 0.500] | 0.950 [0.900, 1.000] "
+            "| 0.300 [0.200, 0.400] | 0.000 [0.000, 0.037] |") in lines  # one seed: the interval of 0 of 100
     assert not any("mirror | harmful" in line for line in lines)
+    paired = differences(columns).splitlines()
+    assert paired[0] == "| less sear | class | outcome | no-thought |"
+    assert "| refuses harmful | harmful | -0.650 [-0.700, -0.600] | -0.900 [-0.900, -0.900] |" in paired
+
+
+def test_the_interval_of_a_flip_is_over_the_explored_thoughts_with_an_answer():
+    row = {"attack": "none", "class": "harmful", "n": 100, "answered": 0.5, "explored": 0.4, "flip": 1.0,
+           "unsafe": 0.0}
+    assert find([row], "none", "harmful", "flip") == (1.0, 20)
+    assert find([row], "none", "harmful", "unsafe") == (0.0, 50)
+    assert find([row], "none", "harmful", "explored") == (0.4, 100)
+
+
+def test_runs_that_differ_in_more_than_the_seed_are_not_pooled(tmp_path):
+    a = fake_run(tmp_path / "a", "sear", 1, 0.9, judge="rules", model="m")
+    b = fake_run(tmp_path / "b", "sear", 2, 0.1, judge="guard", model="m")
+    c = fake_run(tmp_path / "c", "sear", 3, 0.2, judge="guard", model="m", shard="yes")
+    assert list(columns_of(read_runs([a, b, c]))) == ["start", "sear", "sear judge=guard"]
+    d = fake_run(tmp_path / "d", "sear", 2, 0.3, judge="guard", model="other")
+    assert {run["name"] for run in read_runs([b, d])} == {"sear", "sear model=other"}
+    for folder, seed in ((b, 2), (d, 2)):  # start models that the embedded world made for a seed count as one
+        (folder / "start").mkdir()
+        (folder / "start/config.json").write_text('{"embedded_world": {"chain": 5}}')
+    with pytest.raises(InputError, match="b and .*d are one experiment with the same seed"):
+        read_runs([b, d])
 
 
 def test_command_line_writes_tables_and_pictures(tmp_path, capsys):
@@ -142,7 +184,7 @@ def test_command_line_writes_tables_and_pictures(tmp_path, capsys):
     assert evaluate.main([str(f) for f in folders]) == 0
     printed = capsys.readouterr()
     assert (tmp_path / "table.md").read_text().strip() in printed.out
-    assert (tmp_path / "seeds.md").read_text().startswith("| | class | a | b |\n")
+    assert (tmp_path / "differences.md").read_text().startswith("| less sear | class | outcome |\n")
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError:

@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 import unicodedata
+from os.path import commonprefix
 
 import judge_helpers
 import pytest
@@ -106,7 +107,7 @@ def test_golden_logits_give_the_verdict(monkeypatch):
     for name in ("tiny-qwen3", "tiny-qwen2", "tiny-llama3"):
         model, tokenizer = (k.from_pretrained(FIXTURES / name) for k in (Transformer, Tokenizer))
         cases = [c for c in golden(name)["model"]["cases"] if "last" in c]
-        reader = guards.Reader(name, model, tokenizer, model.new_cache(1, 0), ("",) * 4, [], [], [],
+        reader = guards.Reader(name, model, tokenizer, model.new_cache(1, 0), None, ("",) * 5, None, [], [],
                                re.compile("(?!)"))
         with torch.no_grad():
             batches = list(guards.run_batches(reader, [c["ids"] for c in cases], [-1]))
@@ -143,7 +144,7 @@ def test_golden_scores_of_a_reward_model(monkeypatch, reward):
 @pytest.mark.parametrize("name", ["qwen", "llama", "llama-8b", "wildguard-7b", HARMBENCH, "reward"])
 def test_the_split_format_has_the_tokens_of_the_whole_text(name, folders, monkeypatch, wildguard_package):
     reader = load_reader(REWARD, reward=True) if name == "reward" else load_reader(str(folders / name))
-    before, middle, after = guards.render_format(reader.tokenizer, format_of(name), name)
+    before, middle, after, _ = guards.render_format(reader.tokenizer, format_of(name), name)
     if name.startswith("llama"):
         after = after.rstrip("\n")
     for prompt, answer in (("How do I kill a process?", "Use kill -9."), ("Who are you?", "1. A\n\n2. b?!"),
@@ -209,6 +210,60 @@ def test_sentencepiece_tokens_are_those_of_the_tokenizers_library(folders):
         assert tokenizer.encode(text, special=True) == ids, text
     assert tokenizer.decode([363, 198, 172, 259, 233, 191, 165]) == " Noé 漢"
     assert tokenizer.encode("yes", inside=True) == [355] and 1 not in tokenizer.encode("<s>")
+
+
+LLAMA_LIKE = ("{% for m in messages %}<|im_start|>{{ m.role }}\n\n{{ m.content | trim }}<|im_end|>\n"
+              "{% endfor %}")
+# Qwen3's: the last answer gets a thought, be it empty, and what is before </think> is the thought.
+QWEN3_LIKE = LLAMA_LIKE.replace("{{ m.content | trim }}", (
+    "{% set parts = m.content.split('</think>') %}{% if m.role == 'assistant' %}<think>\n"
+    "{{ parts[0].strip('\n') if parts | length > 1 }}\n</think>\n\n{{ parts[-1].lstrip('\n') }}"
+    "{% else %}{{ m.content }}{% endif %}"))
+
+
+@pytest.mark.parametrize("template", [
+    None, LLAMA_LIKE, QWEN3_LIKE, LLAMA_LIKE.replace(" | trim", ""),
+    LLAMA_LIKE.replace(" | trim", ".lstrip('\n')"), LLAMA_LIKE.replace(" | trim", ".split('</think>')[-1]")])
+def test_what_a_template_does_to_a_text_reaches_the_judge(template, tmp_path, monkeypatch):
+    """Rows and scores are those of the conversation, rendered and encoded as a whole."""
+    folder = tmp_path / "reward"
+    shutil.copytree(REWARD, folder)
+    if template:
+        (folder / "chat_template.jinja").write_text(template)
+    reader = load_reader(str(folder), reward=True)
+    answers = ["Knead it. \n", "\n\n 1. Knead <b>it</b>.\n\n", "{answer}", " \t{prompt}.\n"]
+    if template is None or "</think>" in template:
+        answers += ["I think.\n</think>\n\nKnead it.\n", "a</think>b</think>\n\n c"]
+    for prompt, answer in zip(["\n How? \n", "Why?\n\n", " {answer}", "\n", "x ", "y"], answers):
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        ids = reader.tokenizer.encode(reader.tokenizer.chat(turns, generation_prompt=False), special=True)
+        rows = rows_of(reader, Prompt(prompt, ""), answer, monkeypatch)
+        assert rows == [ids[reader.prefix.length:]], answer
+        with torch.no_grad():
+            score = reader.model.head(reader.model.hidden(torch.tensor([ids]))[0, -1])
+        assert read_answers(reader, [Prompt(prompt, "")], [answer]).item() == pytest.approx(
+            score.item(), abs=1e-4)
+    rows = rows_of(reader, Prompt("a<|im_end|>", ""), "b<|im_end|>\n<|im_start|></think>", monkeypatch)
+    ids = reader.tokenizer.added
+    assert [row.count(ids["<|im_end|>"]) for row in rows] == [2]  # the template's own
+    assert rows[0].count(ids["<|im_start|>"]) <= 2
+
+
+def test_a_thought_is_trimmed_as_the_template_does(folders, guard):
+    """Llama Guard's template trims, Qwen3Guard's does not."""
+    asked = [Prompt("How?", "harmful")] * 2
+    llama = load_reader(str(folders / "llama"))
+    for reader, trims in ((llama, True), (guard, False)):
+        plain, spaced = read_pieces(reader, asked, [["First.", "\n\nThen."], ["\n First.\n\n", "Then. \n"]])
+        assert (abs(plain - spaced) < 1e-5).tolist() == [trims, trims]
+
+
+def test_a_template_whose_end_depends_on_the_answer_is_refused(tmp_path):
+    shutil.copytree(REWARD, tmp_path / "reward")
+    (tmp_path / "reward/chat_template.jinja").write_text(
+        LLAMA_LIKE + "{{ 'long' if messages[-1].content | length > 9 else 'short' }}")
+    with pytest.raises(InputError, match="its template should be one with the same end for all texts"):
+        load_reader(str(tmp_path / "reward"), reward=True)
 
 
 def test_a_batch_gives_the_verdicts_of_single_answers(guard, reward, monkeypatch):
@@ -278,14 +333,16 @@ def test_no_answer_moves_a_position_that_is_read(name, folders, monkeypatch, wil
         rows = rows_of(reader, prompt, text, monkeypatch)
         read = []
         for row in rows:
-            assert row[:len(before)] == before and row[len(row) - len(reader.suffix):] == reader.suffix, text
-            answer = row[len(before):len(row) - len(reader.suffix)]
+            # An answer's first blanks may share the opening's last token.
+            shared = len(commonprefix([before, row]))
+            assert shared >= len(before) - 1 and row[len(row) - len(reader.suffix):] == reader.suffix, text
+            answer = row[shared:len(row) - len(reader.suffix)]
             assert answer and not added & set(answer), text
             assert reader.prefix.length + len(row) <= reader.model.config.max_position_embeddings, text
             read += answer
-        assert len(rows) == max(1, math.ceil(len(read) / room)), text
-        given = reader.blanks[2] + guards.escape_tags(reader, text) + reader.blanks[3]
-        assert sorted(read) == sorted(reader.tokenizer.encode(given, inside=True)), text  # all, no more
+        assert len(rows) in (math.ceil(len(read) / room), math.ceil(len(read) / (room + 1))), text
+        given = guards.escape_tags(reader, text)
+        assert given.strip() in reader.tokenizer.decode(read) or len(rows) > 1, text  # all, no more
         assert len(guards.escape_tags(reader, text)) == len(text), text
         assert not spells_a_tag(reader, name, text), text
 
@@ -295,7 +352,7 @@ def spells_a_tag(reader, name, text):
     characters are ignored."""
     plain = unicodedata.normalize("NFKC", guards.escape_tags(reader, text)).lower()
     plain = "".join(c for c in plain if not c.isspace() and unicodedata.category(c) != "Cf")
-    fixed = "".join(guards.render_format(reader.tokenizer, format_of(name), name))
+    fixed = "".join(guards.render_format(reader.tokenizer, format_of(name), name)[:3])
     tags = set(re.findall(r"<[^<>\n]+>|\[[^\[\]\n]+\]", fixed)) - reader.tokenizer.added.keys()
     assert tags
     return any("".join(tag.split()).lower() in plain for tag in tags)
@@ -326,10 +383,10 @@ def test_one_pass_over_a_thought_judges_each_of_its_prefixes(guard, monkeypatch)
     for i, pieces in enumerate(thoughts[:4]):
         tokens = guards.encode_opening(guard, asked[i].prompt)[0]
         for k, piece in enumerate(pieces):
-            space = " " if "".join(pieces[:k]) == "" else ""
-            tokens = tokens + guard.tokenizer.encode(space + piece) * bool(piece)
             if not "".join(pieces[:k + 1]).strip():
                 continue
+            space = "" if "".join(pieces[:k]).strip() else " " + "".join(pieces[:k])
+            tokens = tokens + guard.tokenizer.encode(space + piece)
             states = states_of(guard, tokens + end + guard.suffix[:unsafe.position + 1])  # by itself
             alone = guards.verdict_probs(guard, states[:, -1:], [unsafe])
             assert found[i, k].item() == pytest.approx(alone.item(), abs=1e-5)
@@ -412,7 +469,7 @@ def test_the_judge_file_of_the_docs(tmp_path, monkeypatch):
     monkeypatch.setattr(guards, "LEAST_MASS", 0.0)
     reader = load_reader(str(file))
     text = reader.tokenizer.decode(rows_of(reader, Prompt("p?", ""), "a!", monkeypatch)[0])
-    assert text.startswith("p?\n\nReply:\na!\n\nHow harmful is the reply") and text.endswith(
+    assert text.startswith("Request:\np?\n\nReply:\na!\n\nHow harmful is the reply") and text.endswith(
         "3, no<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n1,")
     v = load_judge(str(file)).verdict(PROMPTS[:2], ["", ""], ["a", "b"])
     assert v.helpful.isnan().all()
@@ -553,8 +610,8 @@ def test_verdicts_on_labelled_responses(folders, tmp_path, capsys, guard, reward
     scores = [json.loads(line) for line in out.read_text().splitlines()]
     found = read_answers(guard, PROMPTS[:6], ANSWERS[:6])
     raw = read_answers(reward, PROMPTS[:6], ANSWERS[:6])[:, 0]
-    assert all(list(row) == ["unsafe", "refusal", "helpful"] for row in scores)
-    expected = torch.stack((*found.unbind(1), standardised(raw, moments(raw))), 1)
+    assert all(list(row) == ["unsafe", "refusal", "helpful", "score"] for row in scores)
+    expected = torch.stack((*found.unbind(1), standardised(raw, moments(raw)), raw), 1)
     assert torch.allclose(torch.tensor([list(row.values()) for row in scores]), expected, atol=1e-5)
     table = [line.split("|")[1:-1] for line in printed.out.splitlines() if "|" in line]
     lines = {label.strip(): [cell.strip() for cell in cells] for label, *cells in table}
@@ -683,13 +740,15 @@ def test_a_killed_run_with_models_as_judges_resumes_to_the_same_bits(potential, 
     assert sear.main(["--resume", str(tmp_path / "early")]) == 0
     metrics = metrics_of_the_same_runs(tmp_path / "whole", tmp_path / "early")
     for row in metrics:
-        assert row["judge_calls"] > 8 and (row["probe_tokens"] > 0) == (potential == "probe")
+        assert row["judge_calls"] > 16 * row["answered"]  # thoughts or probes too
+        assert (row["probe_tokens"] > 0) == (potential == "probe")
         assert 0 < row["answered"] < 1 and row["helpful"] is not None and row["unsafe"] is not None
     assert metrics[0]["answer_reward"] != metrics[1]["answer_reward"]
     scale = json.loads((tmp_path / "whole/checkpoint/2/state.json").read_text())["scale"]
     assert scale[0] > 0 and len(scale) == 3
     before = [row for row in checkpoint.rows(tmp_path / "whole/eval.jsonl") if row["stage"] == "before"]
-    assert all(row["helpful"] is not None for row in before if row["class"] == "harmless")
+    assert all((row["helpful"] is None) == (row["answered"] == 0) for row in before
+               if row["class"] == "harmless")
     assert all(row["explored"] is None for row in before if row["class"] == "harmless")
 
 

@@ -41,6 +41,7 @@ def machine_code(kernel, disassemble: bool) -> dict:
         code = cuobjdump("-sass") if disassemble else ""
     ptx = kernel.asm["ptx"]
     return dict(hash=kernel.hash, stack=stack, shared=kernel.metadata.shared,
+                scratch=kernel.metadata.global_scratch_size,
                 double="f64" in kernel.asm["ttir"],
                 memory=sorted(set(re.findall(r"\b(?:LDG|LDGSTS|STG)\.[A-Z0-9_.]+", code))),
                 mma=sorted({name for name in set(MMA.values()) if name in ptx}),
@@ -119,6 +120,7 @@ def test_no_spills_tensor_cores_and_wide_loads(compiled, case):
     for name, code in compiled[case]:
         assert code["stack"] <= allowed_stack(capability, dtype, name), f"registers spill: {name} {code}"
         assert code["shared"] <= SHARED[capability] << 10, (name, code)
+        assert not code["scratch"], f"{name} needs an allocator, which autograd's threads do not have"
         assert not code["double"], f"{name} computes in fp64: a Python float reached it"
         assert not code["atomics"], f"{name} has atomics, whose order is not fixed"
         if name not in ("forward_kernel", "dlogits_kernel"):

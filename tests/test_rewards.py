@@ -1,3 +1,4 @@
+"""Equations (1) to (5), and the rules judge."""
 import math
 
 import pytest
@@ -43,9 +44,8 @@ def test_answer_reward():
     assert close(answer_reward(verdict, harmful), [1.0, 0.1, 0.0, 0.6])
 
 
-def test_shaping_of_the_answers_reward():
-    """Harmful: nearly safe is safe enough, from TARS's 0.9 on. Harmless: help times no refusal, or the one of
-    the two that is judged."""
+def test_the_answer_reward_is_shaped():
+    """Harmful: safe enough from 0.9 on, as in TARS. Harmless: help times no refusal, or what is judged."""
     unsafe = torch.tensor([0.0, 0.05, 0.1, 0.11, 0.5, 1.0])
     judged = Verdict(unsafe, torch.zeros(6), torch.zeros(6))
     assert close(answer_reward(judged, torch.ones(6, dtype=torch.bool)), [1.0, 1.0, 1.0, 0.89, 0.5, 0.0])
@@ -72,14 +72,39 @@ def test_scores_of_well_formed_and_malformed_rollouts(world):
                                         "1" + CLOSE + "\n\n \n$"], 5)  # says nothing
     s = score(load_judge("alchemy"), prompts, r, 1.0)
     w = 1 - alchemy.TALK_WEIGHT
-    assert close(s.answer, [1.0, 0.0, -1.0, nan, -1.0])  # (4), and (5): cut off, none at all, and blank
+    assert close(s.answer, [1.0, 0.0, -1.0, nan, -1.0])  # (4), and (5): cut off, never closed, blank
     assert s.verdict.unsafe.isnan().tolist() == [False, False, True, True, True]  # these are not judged
     assert close(s.process[0], [w, 0.75 * w, 0.5 * w, 0.25 * w])  # closing tag in the last segment
     assert close(s.process[1], [0.25 * w, nan, nan, nan])
     assert close(s.process[2], [-1.0] * 4) and close(s.process[3], [-1.0, -1.0, nan, nan])  # (5)
     assert close(s.process[4], [-1.0, nan, nan, nan])
-    assert s.judge_calls == 2 + 5 + 2 + 5 + 3 + 2  # two answers, and every beginning of a thought
+    assert s.judge_calls == 2 + 5 + 2 + 5 + 3 + 2  # two answers, and every prefix of a thought
     assert close(s.potential[0], [0, 0.25 * w, 0.5 * w, 0.75 * w, w])
+    assert close(s.reached, [w, 0.25 * w, w, 0.25 * w, 0.25 * w])
+    assert s.segments.tolist() == [4, 1, 4, 2, 1]
+    assert s.well_formed.tolist() == [True, True, False, False, False]
+
+
+def test_a_judge_reads_no_tag_and_an_empty_thought_earns_nothing(world):
+    """The closing tag is not text of the thought: neither of a sampled nor of a prefilled one."""
+    _, tokenizer, model = world
+    read = []
+
+    def verdict(prompts, thoughts, answers, reduce=None):
+        read.extend(thoughts)
+        return Verdict(*torch.zeros(3, len(answers)))
+    judge = Judge(verdict, lambda prompts, pieces: read.extend("".join(p) for p in pieces) or torch.zeros(
+        len(pieces), max(map(len, pieces))))
+    texts = [f"{CLOSE}\n\nyes$", f"a\n\nb\n{CLOSE}\n\nyes$"]
+    r = made_rollouts(tokenizer, [[1]], texts, model.stop_ids[0], 2)
+    assert r.thoughts == [[""], ["a\n\n", "b\n"]] and (r.segment[0] == 0).any()
+    prompts = [Prompt("x", "harmful")] * 2
+    score(judge, prompts, r, 1.0)
+    injected = sample(model, [[1]], tokenizer, prefill=[f"talk\n\n{CLOSE}\n\n"], max_new_tokens=4)
+    score(judge, prompts[:1], injected, 1.0)
+    assert read and not any("think" in text for text in read) and "talk\n\n" in read
+    s = score(rules_judge(), prompts, r, 1.0)
+    assert s.potential[0].tolist()[:2] == [0.0, 0.0] and s.process[0, 0] == 0
 
 
 def test_on_harmless_prompts_the_players_cooperate(world):
@@ -89,13 +114,13 @@ def test_on_harmless_prompts_the_players_cooperate(world):
     s = score(load_judge("alchemy"), prompts, r, 1.0)
     assert close(s.answer, [0.0, 1.0]) and close(s.past, [0.0, 1.0])
     assert close(s.process, [[1.0, 0.75, 0.5, 0.25], [2.0, 1.75, 1.5, 1.25]])  # the thought earns it too
-    prompts, r = world_rollouts(world, texts, 2)  # harmful: they compete, and only progress pays
+    prompts, r = world_rollouts(world, texts, 2)  # harmful: the thought earns its progress only
     s = score(load_judge("alchemy"), prompts, r, 1.0)
     assert close(s.past, [0.0, 0.0]) and torch.equal(s.process[0], s.process[1])
 
 
-def test_a_judge_without_estimate_falls_back_to_the_answer(world):
-    """A guard model reads harm, not progress: on harmless prompts it has no Phi."""
+def test_without_a_potential_the_thought_earns_the_answers_reward(world):
+    """A guard judges harm, not progress: on harmless prompts it has no Phi."""
     def verdict(prompts, thoughts, answers, reduce=None):
         return Verdict(torch.zeros(len(answers)), torch.zeros(len(answers)), torch.full((len(answers),), 0.6))
     judge = Judge(verdict, lambda prompts, pieces: torch.full((len(pieces), max(map(len, pieces))), nan))
@@ -105,7 +130,7 @@ def test_a_judge_without_estimate_falls_back_to_the_answer(world):
 
 
 def test_probe_potential_is_what_the_judge_says_of_forced_answers(world):
-    """Nearly greedy sampling: every forced answer can be had again by prefilling the thought so far."""
+    """Nearly greedy sampling: each forced answer is also the answer to the prefilled thought so far."""
     _, tokenizer, model = world
     prompts = alchemy.requests(4, 2)
     tokens = [encode_prompt(tokenizer, p.prompt) for p in prompts]
@@ -118,9 +143,9 @@ def test_probe_potential_is_what_the_judge_says_of_forced_answers(world):
     judge = Judge(verdict, lambda p, t: pytest.fail("the text potential was asked"))
     r = sample(model, tokens, tokenizer, group_size=2, max_new_tokens=30, keep_cache=True, seed=2)
     assert (r.segment >= 0).sum(1).min() > 3
-    model.stop_ids = [*range(0, 300, 9), *model.stop_ids]  # a random model seldom stops by itself
+    model.stop_ids = [*range(0, 300, 9), *model.stop_ids]  # a random model seldom stops
     try:
-        r.text = [["a\n\n", "b\n\n", "c" + CLOSE, "d"]] * 8  # pretend: three segments and an answer each
+        r.text = [["a\n\n", "b\n\n", "c" + CLOSE, "d"]] * 8  # as if each had three segments and an answer
         r.closed[:], r.finished[:] = True, True
         for b in range(8):
             owned = (r.segment[b] >= 0).nonzero()[:, 0]
@@ -140,12 +165,12 @@ def test_probe_potential_is_what_the_judge_says_of_forced_answers(world):
                     model, [row], tokenizer, prefill=[CLOSE + "\n\n"], max_new_tokens=5, temperature=1e-6
                 )
                 again.append((len(more.text[0][0]) if more.finished[0] else 0) % 7 / 7)
-            # after the last segment the answer itself stands; wanted is unsafe or helpful, as the prompt is
+            # after the last segment the rollout's own answer counts
             assert close(s.potential[b], again + [value]), b
     finally:
         model.stop_ids = model.stop_ids[-1:]
     assert torch.equal(s.potential[0::2, 0], s.potential[1::2, 0])  # the empty thought is asked once a prompt
-    # A forced answer that found no end, or says nothing, is never judged.
+    # A forced answer without an end, or a blank one, is not judged.
     assert all(text.strip() for text in seen) and len(seen) == s.judge_calls <= 8 + (4 + 8 * 2) * 2
 
 

@@ -1,5 +1,6 @@
 """Sampling: segments, randomness, the cache, prompts. Rollouts must not depend on how they are batched."""
 import math
+import re
 
 import numpy as np
 import pytest
@@ -52,8 +53,10 @@ def test_segments_are_split_by_text_not_by_tokens(name):
     }
     for text, (expected, closed) in cases.items():
         ids, texts, is_closed, pieces = segments(text, tokenizer)
-        assert (texts, is_closed) == (expected, closed), text
-        assert "".join(texts) == "".join(pieces) == text
+        without_tag = [re.sub("</think>\n*", "", t, count=1) if closed and k == len(expected) - 2 else t
+                       for k, t in enumerate(expected)]
+        assert (texts, is_closed) == (without_tag, closed), text  # the tag is no text of the thought
+        assert "".join(pieces) == text
         # A token belongs to the segment of its first byte, so a piece may exceed its segment by that token.
         for piece, wanted in zip(pieces, expected):
             assert (piece.startswith(wanted.lstrip()) or wanted.startswith(piece)
@@ -66,7 +69,7 @@ def test_closing_tag_belongs_to_the_thought_and_stop_token_to_the_answer(qwen2):
     merged = tokenizer.encode("x" + CLOSE + "\n\nyes")
     assert any(tokenizer.token_bytes(t).startswith(b">") for t in merged)  # Qwen2.5 has no token for the tag
     ids, texts, closed, _ = segments("x" + CLOSE + "\n\nyes", tokenizer, stop=1962)
-    assert closed and texts == ["x" + CLOSE + "\n\n", "yes"]
+    assert closed and texts == ["x", "yes"]
     assert ids[-1] == 1 and ids.count(1) == len(tokenizer.encode("yes")) + 1
     ids, texts, closed, _ = segments("x\n\ny", tokenizer, stop=1962)  # stopped inside the thought: malformed
     assert not closed and ids[-1] == 1
@@ -83,7 +86,7 @@ def test_well_formed_rollouts_are_recognised(world):
     assert r.closed.tolist() == [True, False, True, False]
     assert r.finished.tolist() == [True, True, False, False]
     assert r.answered.tolist() == [True, False, False, False]
-    assert r.answers == ["I", "", "", ""] and r.thoughts[0] == ["a\n\n", "b</think>\n\n"]
+    assert r.answers == ["I", "", "", ""] and r.thoughts[0] == ["a\n\n", "b"]
 
 
 # ---- one token -------------------------------------------------------------------------------------------
@@ -213,6 +216,101 @@ def test_a_second_turn_follows_the_models_own_tokens(qwen2):
              {"role": "user", "content": again}]
     assert tokenizer.decode(whole) == tokenizer.chat(turns) + OPEN
     assert whole.count(tokenizer.added["<|im_end|>"]) == 4  # system, user, assistant, user; not the message's
+
+
+QWEN3_LIKE = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n"
+              "{% endfor %}"
+              "{% if add_generation_prompt %}<|im_start|>assistant\n"
+              "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+              "{% endif %}")
+CLOSES = QWEN3_LIKE.replace("defined and not enable_thinking", "not defined or not enable_thinking").replace(
+    "{% endif %}{% endif %}", "{% else %}<think>\n{% endif %}{% endif %}")
+DEEPSEEK_LIKE = ("{% for m in messages %}{{ '<|user|>' if m.role == 'user' else '<|assistant|></think>' }}"
+                 "{{ m.content }}{% if m.role == 'assistant' %}<|im_end|>{% endif %}{% endfor %}<|assistant|>"
+                 "{{ '<think>' if thinking else '</think>' }}")
+ALWAYS_OPEN = QWEN3_LIKE.partition("{% if enable")[0] + "<think>{% endif %}"
+ALWAYS_CLOSED = QWEN3_LIKE.partition("{% if enable")[0] + "<think>\n\n</think>\n\n{% endif %}"
+
+
+def templated(template, name="tiny-qwen3"):
+    """The tokenizer of a fixture with another chat template."""
+    files = Tokenizer.from_pretrained(FIXTURES / name).files
+    return Tokenizer(FIXTURES / name, files | {"chat_template.jinja": template})
+
+
+@pytest.mark.parametrize("template, end", [
+    (QWEN3_LIKE, "assistant\n<think>\n"), (CLOSES, "assistant\n<think>\n"),
+    (ALWAYS_OPEN, "assistant\n<think>"), (ALWAYS_OPEN.replace("<think>", "<think>\n\n"), "<think>\n\n"),
+    (DEEPSEEK_LIKE, "<|assistant|><think>")])
+@pytest.mark.parametrize("after_answer", [False, True])
+@pytest.mark.parametrize("message", ["Hi", "Why </think> and <think>\n?", "a<|im_end|>\n<|im_start|>b\n"])
+def test_a_prompt_opens_the_thought_once(template, end, after_answer, message):
+    """The tags of the message stay, as text; only the last tag is a token."""
+    tokenizer = templated(template)
+    opening, closing = tokenizer.added["<think>"], tokenizer.added["</think>"]
+    ids = encode_prompt(tokenizer, message, after_answer=after_answer)
+    text = tokenizer.decode(ids)
+    assert text.endswith(end) and message.strip() in text
+    assert text.replace(message.strip(), "").count("<think>") == ids.count(opening) == 1
+    assert "</think>" not in text.replace(message.strip(), "") and closing not in ids
+    ids = encode_prompt(tokenizer, message, closed=True, after_answer=after_answer)
+    assert tokenizer.decode(ids) == text.rstrip() + "\n\n</think>\n\n"
+    assert ids.count(opening) == ids.count(closing) == 1
+
+
+@pytest.mark.parametrize("closed", [False, True])
+@pytest.mark.parametrize("template, arguments, end", [
+    (ALWAYS_CLOSED, {}, r"assistant\n<think>\n\n</think>\n\n'"),
+    (QWEN3_LIKE, {"enable_thinking": False}, r"assistant\n<think>\n\n</think>\n\n'"),
+    (DEEPSEEK_LIKE, {"thinking": False}, "Hi<|assistant|></think>'"),
+    (ALWAYS_OPEN.replace("<think>", "<think>\nWell, "), {}, r"assistant\n<think>\nWell, '"),
+    (ALWAYS_OPEN.replace("<think>", "<think><think>"), {}, "<think><think>'"),
+    (DEEPSEEK_LIKE.replace("if thinking", "if 'Hi' not in messages[-1].content"), {}, "</think>'")])
+def test_a_prompt_that_does_not_open_the_thought_once_is_refused(template, arguments, end, closed):
+    tokenizer = templated(template)
+    tokenizer.template_args = arguments
+    with pytest.raises(InputError, match="should open one thought behind the message.*" + re.escape(end)):
+        encode_prompt(tokenizer, "Hi", closed)
+
+
+def test_template_arguments_reach_the_template():
+    tokenizer = templated(DEEPSEEK_LIKE.replace("if thinking", "if mode == 'deep'"))
+    tokenizer.template_args = {"mode": "deep"}
+    assert tokenizer.decode(encode_prompt(tokenizer, "Hi")) == "<|user|>Hi<|assistant|><think>"
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("change", ["m.content", "m.content | trim", "m.content.lstrip('\\n')"])
+@pytest.mark.parametrize("after_answer", [False, True])
+def test_what_a_template_does_to_a_message_reaches_the_policy(name, change, after_answer):
+    """A message with a special token has the ids of the full render with another word in the token's place,
+    but for that word: it is text there too, so its neighbours are cut in the same way."""
+    tokenizer = templated(QWEN3_LIKE.replace("m.content | trim", change), name)
+    token = next(t for t in tokenizer.added if t.startswith("<|"))
+    for message in ("\n\n hello {} \n", " \t{}", "{}\n\n", "a{}\u0301 </think>\n<b>"):
+        kept = {"m.content": str, "m.content | trim": str.strip}.get(change, lambda t: t.lstrip("\n"))
+        content = kept(message.replace("{}", token))
+        ids = encode_prompt(tokenizer, message.replace("{}", token), after_answer=after_answer)
+        assert tokenizer.decode(ids).endswith(f"user\n{content}<|im_end|>\n<|im_start|>assistant\n<think>\n")
+        assert ids.count(tokenizer.added[token]) == encode_prompt(
+            tokenizer, "x", after_answer=after_answer).count(tokenizer.added[token])
+        plain = tokenizer.encode(f"user\n{content}")
+        assert any(ids[i:i + len(plain)] == plain for i in range(len(ids))), message
+
+
+def test_a_template_that_reads_special_tokens_in_a_message_is_refused():
+    tokenizer = templated(QWEN3_LIKE.replace("m.content", "m.content.split('</think>')[-1]"))
+    with pytest.raises(InputError, match="the chat template changes special tokens .* 'a</think>b'"):
+        encode_prompt(tokenizer, "a</think>b")
+
+
+def test_a_template_that_drops_a_turn_is_refused():
+    tokenizer = templated("{{ messages[0].content }}{{ messages[-1].role }}")
+    assert encode_prompt(tokenizer, "Hi")
+    with pytest.raises(InputError, match="the chat template drops the answer"):
+        encode_prompt(tokenizer, "Hi", after_answer=True)
+    with pytest.raises(InputError, match="the chat template drops the user's message"):
+        encode_prompt(templated("Hello"), "Hi")
 
 
 def test_a_prompt_longer_than_the_context_is_refused(qwen2):

@@ -74,7 +74,9 @@ def test_rows_of_metrics(run):
     metrics = checkpoint.rows(run / "metrics.jsonl")
     assert [row["step"] for row in metrics] == list(range(5))
     for row in metrics:
-        assert {"answer_reward", "thought_reward", "kl", "tokens", "grad_norm"} <= row.keys()
+        assert {"answered", "truncated", "answer_reward", "thought_reward", "clip_fraction", "kl", "tokens",
+                "grad_norm"} <= row.keys()
+        assert row["zero_spread"].keys() == {"thought", "answer"} and not row["advantage_noise"]
         assert row["seconds"].keys() == {"sample", "judge", "learn", "communicate"}
         assert row["logprob_gap"] <= 1e-5 and not row["skipped"]
     assert metrics[0]["kl"] == pytest.approx(0.0, abs=1e-6) and metrics[-1]["kl"] > 0
@@ -88,9 +90,12 @@ def test_rows_of_the_evaluation(run):
     for row in table:
         assert row["n"] == 2 and row["thought_tokens"] >= 0
         harmful = row["class"] in ("harmful", "covert")
-        assert (row["unsafe"] is None) == (not harmful) and (row["helpful"] is None) == harmful
+        assert row["unsafe"] is None or harmful
+        assert row["helpful"] is None or not harmful
+        if row["answered"]:
+            assert (row["unsafe"] is None) == (not harmful) and (row["helpful"] is None) == harmful
         assert all(row[k] is None or 0 <= row[k] <= 1
-                   for k in ("unsafe", "refusal", "helpful", "explored", "flip", "closed"))
+                   for k in ("answered", "unsafe", "refusal", "helpful", "explored", "flip", "closed"))
 
 
 def test_saved_model_is_a_hugging_face_folder(run):
@@ -277,8 +282,9 @@ def test_a_failed_save_keeps_the_old_files(tmp_path):
 
 # ---- objectives, real folders, prompt files --------------------------------------------------------------
 
-@pytest.mark.parametrize("flags", [*(f"--objective {name}" for name in sear.OBJECTIVES[1:]),
-                                   "--potential probe", "--updates 2"])
+@pytest.mark.parametrize("flags", [*(f"--objective {name}" for name in list(sear.OBJECTIVES)[1:]),
+                                   "--potential probe", "--updates 2", "--prefill-share 0.6",
+                                   "--gamma 0.5", "--potential probe --group-size 3 --prompts-per-step 1"])
 def test_every_objective_and_potential_runs(start, tmp_path, flags):
     out, short = tmp_path / "run", "--steps 2 --eval-prompts 1".split()
     assert main(*SMALL, *short, *flags.split(), "--model", start, "--out", out) == 0

@@ -1,4 +1,4 @@
-"""Equations (6) and (7), the gradient of a whole batch, and the command line."""
+"""Equations (3), (6) and (7), the gradient of a whole batch, and the command line."""
 import dataclasses
 import math
 import re
@@ -9,22 +9,23 @@ from helpers import FIXTURES, ROOT, made_rollouts
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import alchemy.world as alchemy
+import evaluate
 import sear
 from judges import Verdict, load_judge
 from kernels import segment_logprobs
 from lib.data import InputError
 from lib.tokenizer import Tokenizer
 from model import Transformer
-from rewards import Scores, score
+from rewards import Scores, process_returns, score, thought_pay
 from rollout import CLOSE, encode_prompt, micro_batches, sample
 from sear import (
+    OBJECTIVES,
     Config,
     MicroBatch,
     TokenCounts,
     accumulate,
     advantages,
     policy_loss,
-    thought_returns,
     token_advantages,
 )
 
@@ -35,20 +36,88 @@ def close(a, b, atol=1e-6):
     return torch.allclose(a, torch.as_tensor(b, dtype=a.dtype), atol=atol, equal_nan=True)
 
 
-# ---- (6) -------------------------------------------------------------------------------------------------
+def made_scores(potential, answer, harmful, ok=None, gamma=1.0):
+    """Scores of B rollouts from the potentials of their thoughts, as rewards.score computes them."""
+    B, K = len(potential), max(map(len, potential)) - 1
+    ok = torch.tensor([True] * B if ok is None else ok)
+    phi = torch.tensor([p + [nan] * (K + 1 - len(p)) for p in potential])
+    segments = torch.tensor([len(p) - 1 for p in potential])
+    exists = torch.arange(K) < segments[:, None]
+    answer = torch.tensor(answer)
+    past = torch.where(~harmful & ok, answer, 0.0)
+    process = torch.where(exists & ~ok[:, None], -1.0, process_returns(phi, exists, past, gamma))
+    unsafe = torch.where(ok & harmful, 1 - answer, torch.where(ok, 0.0, nan))
+    verdict = Verdict(unsafe, torch.zeros(B), answer)
+    return Scores(torch.where(ok, answer, -1.0), phi, process, past, segments, ok, verdict, 0, 0)
+
+
+# ---- (3) and (6) -----------------------------------------------------------------------------------------
 
 def test_advantages_by_hand():
-    answer = torch.tensor([[1.0], [0.0], [nan], [0.5], [3.0], [3.0], [3.0], [3.0]])
+    answer = torch.tensor([1.0, 0.0, nan, 0.5, 3.0, 3.0, 3.0, 3.0])
     std = math.sqrt((0.25 + 0.25 + 0) / 3)
-    assert close(advantages(answer, 4)[:, 0], [0.5 / std, -0.5 / std, 0.0, 0.0, 0, 0, 0, 0], 1e-4)
+    assert close(advantages(answer, 4), [0.5 / std, -0.5 / std, 0.0, 0.0, 0, 0, 0, 0])
+    assert close(advantages(answer[:, None], 4)[:, 0], advantages(answer, 4))
 
 
-def test_thought_advantages_compare_the_same_segment_index():
-    """Two rollouts, the second ends after one segment: at index 1 its return is 0, not missing."""
-    returns = torch.tensor([[1.0, 0.4], [0.6, nan]])
-    centred = torch.tensor([0.2, 0.2, -0.2])  # 1.0 - 0.8, 0.4 - 0.2, 0.6 - 0.8
-    std = centred.square().mean().sqrt()
-    assert close(advantages(returns, 2, torch.zeros(2)), [[0.2 / std, 0.2 / std], [-0.2 / std, 0.0]], 1e-4)
+@pytest.mark.parametrize("value", (0.85, 0.9, 1.85, -1.0, 1e-5, 0.0))
+@pytest.mark.parametrize("G", (2, 8, 12))
+def test_equal_returns_have_advantage_zero_in_fp32(value, G):
+    assert (advantages(torch.full((G,), value), G) == 0).all()
+    ragged = torch.full((G, 6), value)
+    for b in range(G):
+        ragged[b, 1 + b % 6:] = nan
+    assert (advantages(ragged, G) == 0).all()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_group_in_which_all_rollouts_earn_the_same_has_no_advantage(objective):
+    """Random thoughts of different lengths with the same last potential and answer, or all malformed."""
+    generator = torch.Generator().manual_seed(0)
+    for trial in range(60):
+        G, value = (4, 8, 12)[trial % 3], (0.85, 1.0, 0.3)[trial % 3]
+        harmful = torch.full((G,), trial % 2 == 0)
+        malformed = trial % 5 == 0
+        lengths = torch.randint(1, 7, (G,), generator=generator).tolist()
+        potential = [[0.0, *torch.rand(n - 1, generator=generator).tolist(), value] for n in lengths]
+        scores = made_scores(potential, [0.7] * G, harmful, [not malformed] * G)
+        thought, answer = sear.player_advantages(OBJECTIVES[objective], scores, harmful, G)
+        assert (thought == 0).all() and (answer == 0).all()
+
+
+def test_dense_credit_compares_segments_that_start_from_the_same_potential():
+    """Three rollouts work the chain out, one of them behind an idle line; one makes a mistake halfway."""
+    harmful = torch.ones(4, dtype=torch.bool)
+    scores = made_scores([[0, 0.5, 1.0], [0, 0.5, 1.0], [0, 0, 0.5, 1.0], [0, 0.5, 0.0]], [1.0] * 4, harmful)
+    thought, _ = sear.player_advantages(OBJECTIVES["sear"], scores, harmful, 4)
+    assert torch.equal(thought[0, :2], thought[1, :2]) and (thought[:2, 2] == 0).all()
+    assert close(thought[2, 0], thought[2, 1])  # the idle line changes nothing
+    assert (thought[:3][:, 0] > 0).all() and (thought[3, :2] < 0).all() and thought[3, 2] == 0
+    # At 0: the pays 1, 1, 1 (twice, as the idle line starts there too), 0, and 0 for stopping there.
+    assert thought[0, 0] / thought[0, 1] == pytest.approx((1 - 4 / 6) / (1 - 3 / 4))
+
+
+def test_stopping_is_compared_with_going_on():
+    """Both finish the chain, and one goes on to a last step that pays: the step before it is better."""
+    harmful = torch.ones(2, dtype=torch.bool)
+    scores = made_scores([[0, 0.85], [0, 0.85, 1.0]], [1.0, 1.0], harmful)
+    thought, _ = sear.player_advantages(OBJECTIVES["sear"], scores, harmful, 2)
+    assert thought[0, 0] < 0 < thought[1, 0] and thought[1, 1] > 0
+
+
+def test_noise_of_a_judge_is_not_blown_up():
+    noise = torch.tensor([1e-5, 2e-5, 3e-5, 4e-5, 1e-5, 1e-5, 1e-5, 4e-5])
+    assert advantages(noise, 8).abs().max() < 1e-3
+    one = torch.tensor([0.5001] + [0.5] * 7)
+    assert advantages(one, 8).abs().max() < 5e-3
+    real = torch.tensor([1.0] + [0.85] * 7)  # the smallest difference that the world pays for
+    assert advantages(real, 8)[0] > 2
+
+
+def test_a_rank_without_a_prompt_has_no_advantages():
+    assert advantages(torch.zeros(0), 8).shape == (0,) and advantages(torch.zeros(0, 3), 8).shape == (0, 3)
+    none = torch.zeros(0)
+    assert evaluate.credit_statistics(none, none, torch.zeros(0, 2), 8)["advantage_noise"] == (0, 0)
 
 
 def test_groups_do_not_see_each_other():
@@ -56,17 +125,55 @@ def test_groups_do_not_see_each_other():
     assert close(advantages(torch.cat((a, b)), 8), torch.cat((advantages(a, 8), advantages(b, 8))))
 
 
-def test_what_each_objective_pays_the_thought():
+def test_what_each_target_pays_the_thought():
     """Rollouts: harmful and safe, harmful and unsafe, harmless and helpful, malformed."""
-    verdict = Verdict(torch.tensor([0.0, 1.0, 0.0, nan]), torch.zeros(4), torch.zeros(4))
-    s = Scores(torch.tensor([1.0, 0.0, 1.0, nan]), torch.tensor([[0.8], [0.3], [1.0], [-1.0]]),
-               torch.tensor([[0, 0.8], [0, 0.3], [0, 1.0], [0, 0.5]]), torch.zeros(4), verdict, 0, 0)
     harmful = torch.tensor([True, True, False, True])
-    paid = {o: thought_returns(o, s, harmful)[:, 0] for o in sear.OBJECTIVES}
-    assert close(paid["sear"], [0.8, 0.3, 1.0, -1.0])
-    assert close(paid["outcome"], [1.0, 0.0, 1.0, -1.0]) and close(paid["no-thought"], paid["outcome"])
-    assert close(paid["competing-outcome"], [0.0, 1.0, 1.0, -1.0])
-    assert close(paid["safe-thought"], [0.2, -0.3, 1.0, -1.0])
+    scores = made_scores([[0, 0.8], [0, 0.3], [0, 0.6], [0, 0.5]], [1.0, 0.0, 1.0, -1.0], harmful,
+                         [True, True, True, False])
+    targets = ("process", "outcome", "answer", "safe")
+    pay = {target: thought_pay(target, scores, harmful) for target in targets}
+    assert close(pay["process"], [0.8, 0.3, 1.6, -1.0])
+    assert close(pay["outcome"], [0.0, 1.0, 1.0, -1.0])
+    assert close(pay["answer"], [1.0, 0.0, 1.0, -1.0])
+    assert close(pay["safe"], [0.2, -0.3, 1.0, -1.0])
+
+
+def test_how_each_credit_spreads_the_pay():
+    harmful = torch.ones(4, dtype=torch.bool)
+    potential = [[0, 0.5, 1.0], [0, 0.5, 0.5], [0, 0.0, 0.0], [0, 1.0]]
+    scores = made_scores(potential, [1.0, 0.0, 1.0, 0.0], harmful)
+    once, answer = sear.player_advantages(OBJECTIVES["process-once"], scores, harmful, 4)
+    assert (once == once[:, :1]).all()
+    assert close(once[:, 0], advantages(torch.tensor([1.0, 0.5, 0.0, 1.0]), 4))
+    assert close(answer, advantages(torch.tensor([1.0, 0.0, 1.0, 0.0]), 4))
+    shared, answer = sear.player_advantages(OBJECTIVES["process-shared"], scores, harmful, 4)
+    assert close(shared[:, 0], answer) and close(answer, advantages(torch.tensor([2.0, 0.5, 1.0, 1.0]), 4))
+    dense, _ = sear.player_advantages(OBJECTIVES["sear"], scores, harmful, 4)
+    assert (dense[1, 0] != dense[1, 1]) and (dense[scores.process.isnan()] == 0).all()
+
+
+def test_gamma_zero_compares_the_progress_of_single_segments():
+    harmful = torch.ones(2, dtype=torch.bool)
+    scores = made_scores([[0, 0.5, 1.0], [0, 0.5, 0.5]], [1.0, 1.0], harmful, gamma=0.0)
+    thought, _ = sear.player_advantages(OBJECTIVES["sear"], scores, harmful, 2)
+    assert close(thought[0, 0], thought[1, 0]) and thought[0, 1] > 0 > thought[1, 1]
+
+
+def test_statistics_of_credit():
+    """Two groups: in the first all earn the same and the thought's advantage is noise, in the second not."""
+    pay = torch.tensor([0.85] * 4 + [1.0, 0.0, 0.0, 0.0])
+    answer = torch.tensor([1.0] * 8)
+    thought = torch.tensor([[1.0, -1.0]] * 4 + [[3.0, 3.0]] * 4)
+    found = evaluate.credit_statistics(pay, answer, thought, 4)
+    assert found == {"zero_spread_thought": (1, 2), "zero_spread_answer": (2, 2),
+                     "advantage_noise": (8.0, 32.0)}
+
+
+def test_the_objectives_are_the_points_of_the_grid():
+    assert list(OBJECTIVES) == ["sear", "process-once", "process-shared", "probe", "competing-outcome",
+                                "outcome", "safe-thought", "no-thought"]
+    assert {o.target for o in OBJECTIVES.values()} == {"process", "outcome", "answer", "safe"}
+    assert {o.credit for o in OBJECTIVES.values()} == {"dense", "once", "shared"}
 
 
 def test_which_player_owns_a_token(world):
@@ -129,9 +236,9 @@ def test_clip_stops_the_gradient_only_in_the_direction_of_the_advantage():
                             (0.1, 1.0, True)):
         logprob = torch.tensor([-1.0], requires_grad=True)
         batch = tokens_of_a_batch(logprob.detach() - shift, torch.tensor([A]), yes, no)
-        loss, _ = policy_loss(logprob, None, batch, counts(1, 1, 1), c)
+        loss, _, clipped = policy_loss(logprob, None, batch, counts(1, 1, 1), c)
         loss.backward()
-        assert (logprob.grad.item() != 0) == moves
+        assert (logprob.grad.item() != 0) == moves and clipped.item() == (not moves)
         if moves:
             assert logprob.grad.item() == pytest.approx(-A * math.exp(shift))
 
@@ -140,7 +247,7 @@ def test_kl_is_k3_and_pulls_towards_the_reference():
     c, nobody = Config(beta=0.5), torch.tensor([False, False])
     logprob, ref = torch.tensor([-1.0, -2.0], requires_grad=True), torch.tensor([-2.0, -2.0])
     batch = tokens_of_a_batch(logprob.detach(), torch.zeros(2), nobody, nobody)
-    loss, kl = policy_loss(logprob, ref, batch, counts(1, 1, 2), c)
+    loss, kl, _ = policy_loss(logprob, ref, batch, counts(1, 1, 2), c)
     k3 = math.exp(-1.0) + 1.0 - 1.0
     assert kl.item() == pytest.approx(k3 / 2) and loss.item() == pytest.approx(0.5 * k3 / 2)
     loss.backward()
@@ -291,6 +398,28 @@ def test_prompts_of_a_step_are_shuffled_epochs():
     assert sear.step_prompts(Config(prompts_per_step=24), pool, 0)  # more than one epoch in a step
 
 
+def test_a_share_of_the_prompts_gets_an_injected_thought():
+    c, prompts = Config(prefill_share=0.25), alchemy.requests(400, 1, 1)
+    begun = evaluate.injections(c, prompts, 3)
+    assert 0.18 < sum(map(bool, begun)) / 400 < 0.32
+    assert {text.partition(CLOSE)[1] for text in begun if text} == {"", CLOSE}  # open and closed ones
+    allowed = {evaluate.attack_text(a, p, True) for p in prompts for a in evaluate.ATTACKS}
+    assert set(begun) <= allowed
+    assert begun == evaluate.injections(c, prompts, 3) != evaluate.injections(c, prompts, 4)
+    assert not any(evaluate.injections(Config(), prompts, 3))
+
+
+def test_an_injected_thought_is_not_trained_and_its_answer_is(world):
+    _, tokenizer, model = world
+    prompts = [encode_prompt(tokenizer, p.prompt) for p in alchemy.requests(2, 1)]
+    begun = [alchemy.TALK, alchemy.TALK + CLOSE + "\n\n"]
+    r = sample(model, prompts, tokenizer, group_size=2, prefill=begun, max_new_tokens=20)
+    injected = [len(p) + len(tokenizer.encode(text, special=True)) for p, text in zip(prompts, begun)]
+    for b in range(4):
+        assert (r.segment[b, :injected[b // 2]] == -1).all() and r.prefill[b] == alchemy.TALK
+    assert not r.owners[0][2:].any() and r.owners[1][2:].any()
+
+
 def test_sampler_and_learner_agree_on_a_loaded_checkpoint():
     folder = FIXTURES / "tiny-qwen3"
     model, tokenizer = Transformer.from_pretrained(folder), Tokenizer.from_pretrained(folder)
@@ -316,7 +445,7 @@ def test_the_judge_of_the_world_pays_a_rollout_as_the_readme_says(world):
 def test_every_knob_has_a_sentence_and_a_reader():
     source = "".join((ROOT / f).read_text() for f in ("sear.py", "evaluate.py", "warmstart.py"))
     knobs = dataclasses.fields(Config)
-    assert len(knobs) <= 32
+    assert len(knobs) <= 32  # a reader meets them before the algorithm
     for f in knobs:
         assert len(f.metadata["help"].split()) >= 3, f.name
         assert re.search(rf"\bc\.{f.name}\b", source), f"nobody reads --{f.name}"
@@ -328,12 +457,16 @@ def test_every_knob_has_a_sentence_and_a_reader():
     ("--steps x", "invalid int value: 'x'"),
     ("--group-size 1", "--group-size must be a number, at least 2, got 1"),
     ("--gamma 1.5", "between 0 and 1, got 1.5"),
+    ("--prefill-share 2", "between 0 and 1, got 2"),
+    ("--prefill-share 0.2 --objective no-thought", "--prefill-share needs a thought to prefill"),
+    ("--chain 21", "--chain must be between 2 and 14, got 21"),
     ("--max-grad-norm 0", "--max-grad-norm must be a number, at least 1e-06, got 0.0"),
     ("--temperature 0", "--temperature must be a number, at least 0.001"),
     ("--temperature nan", "got nan"),
     ("--objective best", "invalid choice: 'best'"),
     ("--seed -1", "--seed must be between 0 and"),
     ("--prompts p.csv", "--prompts needs --model"),
+    ("--label harmful", "--label needs --prompts"),
     ("--judge rules", "--judge rules cannot judge the embedded world"),
     ("--model m --prompts p.csv --judge alchemy", "--judge alchemy cannot judge p.csv; expected rules"),
     ("--reward-model r", "--reward-model does not apply to the embedded world"),
@@ -347,6 +480,9 @@ def test_bad_flags_are_one_sentence(flags, message):
 
 
 def test_defaults_of_the_world_and_of_checkpoints():
-    assert sear.parse([]).out == "runs/sear-seed1"
+    c = sear.parse([])
+    assert (c.out, c.max_new_tokens, c.potential) == ("runs/sear-seed1", 72, "text")
+    assert sear.parse(["--chain", "12"]).max_new_tokens == 121
+    assert sear.parse(["--objective", "probe"]).potential == "probe"
     real = sear.parse("--model m --prompts p.csv --beta 0.5".split())
-    assert (real.learning_rate, real.judge, real.beta) == (1e-6, "rules", 0.5)
+    assert (real.learning_rate, real.judge, real.beta, real.max_new_tokens) == (1e-6, "rules", 0.5, 4096)
