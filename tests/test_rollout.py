@@ -358,3 +358,25 @@ def test_forks_never_read_unwritten_memory(world, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: new_empty(*a, **k).fill_(math.nan))
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
     assert answers() == clean
+
+
+def test_mutated_templates_open_one_thought_or_are_refused():
+    """Random ends of a template, against a slow reading of what they render."""
+    rendered = {"<think>": "<think>", "</think>": "</think>", "{{ '\\n' }}": "\n", "{{ ' ' }}": " ",
+                "Well": "Well",
+                "{% if enable_thinking %}<think>{% endif %}": "<think>",
+                "{% if not thinking %}</think>{% endif %}": "",
+                "{% if thinking is not defined %}x{% endif %}": ""}
+    rng, opened = np.random.default_rng(0), 0
+    for _ in range(200):
+        chosen = [list(rendered)[i] for i in rng.integers(0, len(rendered), rng.integers(0, 5))]
+        tokenizer = templated(QWEN3_LIKE.partition("{% if enable")[0] + "".join(chosen) + "{% endif %}")
+        tail = "".join(rendered[piece] for piece in chosen)
+        before, tag, behind = tail.partition("<think>")
+        if "</think>" in tail or "<think>" in behind or behind.strip():
+            with pytest.raises(InputError, match="should open one thought"):
+                encode_prompt(tokenizer, "Hi")
+            continue
+        text, opened = tokenizer.decode(encode_prompt(tokenizer, "Hi")), opened + 1
+        assert text.endswith(f"assistant\n{before}" + (tag + behind if tag else OPEN)), chosen
+    assert 20 < opened < 180
