@@ -138,10 +138,9 @@ def player_advantages(objective: Objective, scores: Scores, harmful: Tensor, G: 
 
 
 def dense_advantages(scores: Scores, pay: Tensor, G: int) -> Tensor:
-    """Credit of each segment, [B, K]: Phi_{k-1} + R_k, what the rollout comes to from there, against what the
-    group comes to from a similar Phi_{k-1}, by going on or by stopping there. With gamma = 1 the first is the
-    pay of the whole thought, so a group of equals has no advantage; an idle segment leaves Phi as it is, so
-    the segments behind it are not compared with those of thoughts that are further on."""
+    """Credit of each segment, [B, K]: Phi_{k-1} + R_k, against the same of what the group does from a similar
+    Phi_{k-1}: going on, or stopping there. With gamma = 1 this is the pay of the whole thought, so a group of
+    equals has no advantage. An idle segment leaves Phi as it is and shifts none of those behind it."""
     state = scores.potential.nan_to_num(0.0)  # [B, K + 1] before each segment, and at the end
     value = torch.where(scores.well_formed[:, None], state[:, :-1] + scores.process, scores.process)  # [B, K]
     value = torch.nn.functional.pad(value, (0, 1), value=torch.nan)  # [B, K + 1]
@@ -155,7 +154,7 @@ def advantages(returns: Tensor, group_size: int, state: Tensor | None = None) ->
     there is nothing -> the same shape, 0 there. state [B, M]: the baseline of a return is the mean of the
     group's returns at a similar state; without it, of all. A group of equals has advantage 0, exactly."""
     M = returns[0].numel() if len(returns) else 1  # a rank may have no prompt
-    x = returns.double().view(-1, group_size * M)  # [P, n]
+    x = returns.double().reshape(-1, group_size * M)  # [P, n]
     seen, x = ~x.isnan(), x.nan_to_num(torch.inf)
     x = x - x.amin(1, keepdim=True)
     x = torch.where(seen & (x > 1e-6), x, 0.0)  # equals are exactly 0 now, whatever fp32 made of them
@@ -361,7 +360,7 @@ def train(c: Config, run: Path) -> None:
         hours = sum(row["seconds"].values()) * (c.steps - step) / 3600
         if step == first and hours > 1:
             on_rank_0(lambda: steps.write(f"at this pace the run takes {hours:.0f} hours", sys.stderr))
-        steps.set_postfix({k: f"{row[k] or 0:.3g}" for k in SHOWN})
+        steps.set_postfix({k: "-" if row[k] is None else f"{row[k]:.3g}" for k in SHOWN})
         last = step == c.steps - 1
         shown = all_gather(shown) if step % SHOW_EVERY == 0 or last else []
         bad = all_gather(bad) if row["skipped"] else []
