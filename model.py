@@ -9,13 +9,13 @@ Shapes: B rows, T tokens, D width, V vocabulary, H heads, J key/value heads, E h
 import contextlib
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attention import Cache, Packed, attend, attention_dtype, causal_mask, rope_tables, rotate
 from lib.data import InputError, expect
 from lib.folder import Config, copy_weight, notice, parse_config, read_configs, stop_ids, tied, weight_files
 from lib.parallel import rank_and_world, write_tensors
@@ -24,29 +24,6 @@ __all__ = ["Cache", "Config", "Linear", "RMSNorm", "Transformer", "add_end_of_tu
            "read_configs"]
 
 INIT_STD = 0.05  # of a model from scratch, which is always the embedded world's: 96 wide
-
-
-@dataclass
-class Cache:
-    """Static KV cache of S columns, filled from the left. All rows write the same column.
-
-    `valid` marks the columns that belong to a row; left padding and the part of a thought that a fork drops
-    do not. Positions are counted over valid columns, so a fork need not rotate its keys again."""
-    k: Tensor  # [layers, B, J, S, E]
-    v: Tensor  # [layers, B, J, S, E]
-    valid: Tensor  # [B, S] bool
-    length: int  # columns filled so far
-
-    def rows(self, index: Tensor, room: int | None = None) -> "Cache":
-        """A new cache of the chosen rows, repeats allowed: expands a prompt to its group, drops finished
-        rows, forks a thought. room: its free columns (default: as many as here)."""
-        n, columns = self.length, self.valid.shape[1] if room is None else self.length + room
-        shape = (self.k.shape[0], len(index), self.k.shape[2], columns, self.k.shape[4])
-        k, v = self.k.new_empty(shape), self.v.new_empty(shape)
-        k[:, :, :, :n], v[:, :, :, :n] = self.k[:, index, :, :n], self.v[:, index, :, :n]
-        valid = self.valid.new_zeros(len(index), columns)
-        valid[:, :n] = self.valid[index, :n]
-        return Cache(k, v, valid, n)
 
 
 class Linear(nn.Linear):
@@ -67,17 +44,6 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x [B, heads, T, E], halves convention; rope_tables has negated sin's first half."""
-    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
-
-
-def attention_dtype(x: Tensor) -> torch.dtype:
-    """fp64 on the CPU. Decoding and the full forward sum attention in different orders; in fp32 that alone
-    moves a log-prob by up to 2e-5, in fp64 both round to the same fp32 result."""
-    return torch.float64 if x.device.type == "cpu" and x.dtype == torch.float32 else x.dtype
-
-
 class Attention(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
@@ -90,7 +56,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Cache | None, layer):
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask, cache: Cache | None, layer, packed):
         B, T, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # [B, H, T, E]
         k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # [B, J, T, E]
@@ -99,16 +65,17 @@ class Attention(nn.Module):
         q, k, v = rotate(q, cos, sin).to(dtype), rotate(k, cos, sin).to(dtype), v.to(dtype)
         if cache is not None:
             end = cache.length + T
-            cache.k[layer, :, :, cache.length:end], cache.v[layer, :, :, cache.length:end] = k, v
-            k, v = cache.k[layer, :, :, :end], cache.v[layer, :, :, :end]  # [B, J, S, E] views
+            cache.k[layer][:, :, cache.length:end], cache.v[layer][:, :, cache.length:end] = k, v
+            k, v = cache.k[layer][:, :, :end], cache.v[layer][:, :, :end]  # [B, J, S, E] views
+        if packed is not None:
+            return self.o_proj(packed.attend(q, k, v, mask).to(x.dtype))
         if T == 1 and q.shape[1] != k.shape[1]:
             # The H / J query heads of a key head are passed as query positions, so SDPA does not copy the
             # keys for each; from 4,096 columns on that copy costs more than the model.
             q = q.reshape(B, k.shape[1], -1, self.head_dim)  # [B, J, H / J, E]
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         else:
-            causal, grouped = mask is None and T > 1, q.shape[1] != k.shape[1]
-            out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
+            out = attend(q, k, v, mask)
         out = out.reshape(B, -1, T, self.head_dim).transpose(1, 2).reshape(B, T, -1)  # [B, T, H * E]
         return self.o_proj(out.to(x.dtype))
 
@@ -132,8 +99,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Cache | None, layer):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, layer)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask, cache: Cache | None, layer, packed):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, layer, packed)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -199,23 +166,36 @@ class Transformer(nn.Module):
         for window in set(self.config.windows) - {None}:
             everything = torch.ones(1, T, dtype=torch.bool, device=tokens.device)
             masks[window] = causal_mask(everything if valid is None else valid, T, window)
+        states = self.blocks(tokens, position, masks, cache)
+        if cache is not None:
+            cache.length += T
+        return states
+
+    def hidden_packed(self, packed: Packed) -> Tensor:
+        """Final normed states of the tokens of the blocks [sum of b * T, D]: what `hidden` gives for whole
+        rows, without their prompts."""
+        tokens, position, masks = packed.layout(set(self.config.windows))
+        return self.blocks(tokens, position, masks, packed=packed)[0, packed.prompts.numel():]
+
+    def blocks(self, tokens: Tensor, position: Tensor, masks: dict, cache: Cache | None = None,
+               packed: Packed | None = None) -> Tensor:
+        """tokens [B, T], position [B, T] or [1, T], a mask for each window -> normed states [B, T, D]."""
         cos, sin = rope_tables(self.config, position)  # [B, 1, T, E] fp32
         x = self.model.embed_tokens(tokens).to(self.compute_dtype)  # [B, T, D]
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         for i, block in enumerate(self.model.layers):
             run = block if cache is None else block.forward  # a sampler's weights are gathered: no FSDP hooks
-            x = run(x, cos, sin, masks[self.config.windows[i]], cache, i)
-        if cache is not None:
-            cache.length += T
+            x = run(x, cos, sin, masks[self.config.windows[i]], cache, i, packed)
         return self.model.norm(x)
 
     def new_cache(self, rows: int, columns: int) -> Cache:
         """Empty cache of 2 x layers x rows x J x columns x E numbers; 28 KB a token for Qwen2.5-1.5B."""
         c = self.config
-        shape = (c.num_hidden_layers, rows, c.num_key_value_heads, columns, c.head_dim)
         dtype = attention_dtype(torch.empty(0, dtype=self.compute_dtype, device=self.device))
         # Zeros, since a masked column still gets weight 0 in the softmax and 0 x NaN is NaN.
-        k, v = (torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(2))
+        shape = (rows, c.num_key_value_heads, columns, c.head_dim)
+        k, v = ([torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(c.num_hidden_layers)]
+                for _ in range(2))
         return Cache(k, v, torch.zeros(rows, columns, dtype=torch.bool, device=self.device), 0)
 
     @contextlib.contextmanager
@@ -292,44 +272,6 @@ class Transformer(nn.Module):
         for name, content in (("config.json", raw), ("generation_config.json", self.generation)):
             if content and rank_and_world()[0] == 0:
                 (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-
-
-def causal_mask(valid: Tensor, T: int, window: int | None = None) -> Tensor:
-    """valid [B, S] -> [B, 1, T, S] bool for the last T of S columns; True = attend. A padding query attends
-    to itself: a softmax over nothing is NaN, which would spread through the weight gradients."""
-    S = valid.shape[1]
-    column = torch.arange(S, device=valid.device)
-    query = column[S - T:, None]  # [T, 1]
-    look = column <= query  # [T, S]
-    if window is not None:  # in positions, not columns: a fork skips columns
-        position = valid.cumsum(1)  # [B, S]
-        look = look & (position[:, -T:, None] - position[:, None, :] < window)  # [B, T, S]
-    if T == 1:  # decoding: the query's own column is valid and the last one
-        return (valid[:, None, :] & look)[:, None]
-    return (look & valid[:, None, :] | (column == query))[:, None]
-
-
-def rope_frequencies(c: Config, device: torch.device) -> Tensor:
-    """Radians that a position turns each pair of dimensions, [E / 2] fp32: the bits of transformers."""
-    pair = torch.arange(0, c.head_dim, 2, device=device, dtype=torch.float32)
-    frequency = 1.0 / c.rope_theta ** (pair / c.head_dim)  # [E / 2]
-    if s := c.rope_scaling:  # Llama 3.1: long waves are stretched, medium ones are blended
-        context = s["original_max_position_embeddings"]
-        low, high = s["low_freq_factor"], s["high_freq_factor"]
-        wave = 2 * math.pi / frequency  # in tokens; another order of operations rounds differently
-        keep = (context / wave - low) / (high - low)
-        blend = (1 - keep) * frequency / s["factor"] + keep * frequency
-        frequency = torch.where(wave > context / low, frequency / s["factor"],
-                                torch.where(wave < context / high, frequency, blend))
-    return frequency
-
-
-def rope_tables(c: Config, position: Tensor) -> tuple[Tensor, Tensor]:
-    """cos, sin [B, 1, T, E] for position [B, T], the first half of sin negated (see rotate). In fp32: bf16
-    angles are off by whole radians at position 4096."""
-    angle = position[..., None].float() * rope_frequencies(c, position.device)  # [B, T, E / 2]
-    cos, sin = angle[:, None].cos(), angle[:, None].sin()  # [B, 1, T, E / 2]
-    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def add_end_of_turn(model: Transformer, tokenizer) -> None:

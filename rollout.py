@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels import segment_logprobs
+from attention import Cache
 from lib.data import InputError
 from lib.tokenizer import Tokenizer
-from model import Cache, Transformer
+from model import Transformer
 
 OPEN, CLOSE = "<think>\n", "</think>"  # the opening tag ends the prompt; the closing one is sampled
 BLANK_LINE = re.compile(rb"\n(?:[ \t\r]*\n)+")
@@ -23,6 +23,8 @@ CLOSING_TAG = re.compile(rb"</think>\n*")  # with the newlines behind it, since 
 BEFORE, MESSAGE = "\ue000answer\ue000", "\ue000message\ue000"  # private-use marks to find text in a template
 MIN_ROWS = 16  # smaller matmuls round differently, and a rollout must not depend on the size of its batch
 LIVE_SHARE = 0.75  # below it finished rows are dropped from the batch
+LOOK_EVERY = {"cpu": 1, "cuda": 16}  # tokens between two looks at what has finished: each makes a GPU wait
+CACHE_BLOCK = 512  # columns by which a cache grows, since few rollouts use all their tokens
 
 
 @dataclass
@@ -40,6 +42,17 @@ class Rollouts:
     row_steps: int  # rows x decoding steps
     caches: list[Cache]  # keys and values of all rows, in one or several parts, to fork (with keep_cache)
     columns: Tensor  # [B]: column of its cache that holds a row's first sampled token
+
+    @property
+    def start(self) -> Tensor:
+        """[B] column of each rollout's first sampled token."""
+        return (self.segment >= 0).long().argmax(1)
+
+    @property
+    def length(self) -> Tensor:
+        """[B] columns up to and with the last sampled token."""
+        owned = self.segment >= 0
+        return (torch.arange(owned.shape[1]) * owned).amax(1) + 1
 
     @property
     def answered(self) -> Tensor:
@@ -94,16 +107,12 @@ def sample_token(logits: Tensor, u: Tensor, temperature: float) -> tuple[Tensor,
 
 
 def next_token(model: Transformer, states: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """states [B, D], u [B] -> token [B], log-prob [B] fp32. On CUDA the log-prob comes from the learner's
-    kernel, whose bits do not depend on the batch; on the CPU both agree to the last digits."""
-    if not states.is_cuda:
+    """states [B, D], u [B] -> token [B], log-prob [B] fp32."""
+    if states.dtype == torch.float32:
         return sample_token(model.head(states), u, temperature)
-    weight = (model.head.weight if model.head.cast is None else model.head.cast).to(states.dtype)
-    # fp32: logits rounded to bf16 are not the distribution that is trained.
-    exact = torch.mm(states, weight.T) if states.dtype == torch.float32 else torch.mm(
-        states, weight.T, out_dtype=torch.float32)  # [B, V]
-    token, _ = sample_token(exact, u, temperature)
-    return token, segment_logprobs(states, weight, token, torch.zeros_like(token), 1, temperature).logprob
+    weight = model.head.weight.to(states.dtype) if model.head.cast is None else model.head.cast
+    # In fp32: logits rounded to bf16 are not the distribution that is trained.
+    return sample_token(torch.mm(states, weight.T, out_dtype=torch.float32), u, temperature)
 
 
 def render_prompt(tokenizer: Tokenizer, text: str, after_answer: bool) -> str:
@@ -177,9 +186,9 @@ def sample(model: Transformer, prompts: list[list[int]], tokenizer: Tokenizer, *
             part = slice(i, i + per_part)
             u = uniforms(seed, step, np.asarray(prompt_ids[part])[:, None, None],
                          np.arange(group_size)[:, None], np.arange(max_new_tokens))  # [P, G, N]
-            cache, states, ran = prefill_group(model, full[part], group_size, max_new_tokens)
+            cache, states, ran = prefill_group(model, full[part], group_size)
             column = cache.length
-            archive = model.new_cache(len(states), cache.valid.shape[1]) if keep_cache else None
+            archive = model.new_cache(len(states), column) if keep_cache else None
             sampled = decode(model, cache, states, torch.from_numpy(u).flatten(0, 1), temperature, archive)
             parts.append(assemble(sampled, full[part], i, prefill[part], in_answer, group_size, tokenizer,
                                   model.stop_ids))
@@ -188,16 +197,16 @@ def sample(model: Transformer, prompts: list[list[int]], tokenizer: Tokenizer, *
     return join(parts)
 
 
-def prefill_group(model: Transformer, prompts: list[list[int]], G: int, room: int):
+def prefill_group(model: Transformer, prompts: list[list[int]], G: int) -> tuple[Cache, Tensor, int]:
     """Runs each distinct prompt through the model once, left-padded, and copies its cache row for its G
-    rollouts. -> cache of B rows with `room` free columns, last states [B, D], tokens run."""
+    rollouts. -> cache of B rows, last states [B, D], tokens run."""
     distinct = {p: i for i, p in enumerate(dict.fromkeys(map(tuple, prompts)))}
     width = max(map(len, prompts))
     tokens = torch.zeros(len(distinct), width, dtype=torch.long)
     for p, i in distinct.items():
         tokens[i, width - len(p):] = torch.tensor(p)
     real = torch.arange(width) >= width - torch.tensor([len(p) for p in distinct])[:, None]  # [U, width]
-    cache = model.new_cache(len(distinct), width + room)
+    cache = model.new_cache(len(distinct), width)
     states = model.hidden(tokens.to(model.device), real.to(model.device), cache)[:, -1]  # [U, D]
     row = torch.tensor([distinct[tuple(p)] for p in prompts]).repeat_interleave(G).to(model.device)  # [B]
     return cache.rows(row), states[row], sum(map(len, distinct))
@@ -207,44 +216,52 @@ def decode(model: Transformer, cache: Cache, states: Tensor, u: Tensor, temperat
            archive: Cache | None = None) -> tuple[Tensor, Tensor, Tensor, int]:
     """Samples at most N tokens for each of B rows, from u [B, N] float64. Finished rows leave the batch.
     -> tokens [B, N], log-probs [B, N], length [B] (stop token included), row-steps."""
-    B, N = u.shape
-    u, device = u.to(model.device), model.device
+    (B, N), device, every = u.shape, model.device, LOOK_EVERY[model.device.type]
+    u = u.to(device)
     out = torch.zeros(B, N, dtype=torch.long, device=device)
     logprob = torch.zeros(B, N, device=device)
-    length = torch.full((B,), N, device=device)
+    length = torch.zeros(B, dtype=torch.long, device=device)
     stop = torch.tensor(model.stop_ids, device=device)
-    live = torch.arange(max(B, MIN_ROWS), device=device) % B  # [rows] rollout of each row of the batch
-    running = torch.arange(len(live), device=device) < B  # [rows]; rows beyond B only pad the batch
+    live = torch.arange(max(B, MIN_ROWS), device=device) % B  # [rows] rollout of each row; repeats agree
+    running = torch.ones_like(live, dtype=torch.bool)  # [rows]
     if B < MIN_ROWS:
         cache, states = cache.rows(live), states[live]
     row_steps = 0
     for t in range(N):
         token, lp = next_token(model, states, u[live, t], temperature)  # [rows]
-        now = live[running]
-        out[now, t], logprob[now, t] = token[running], lp[running]
-        ended = running & torch.isin(token, stop)
-        length[live[ended]] = t + 1
-        running = running & ~ended
-        count = int(running.sum())
-        last = count == 0 or t == N - 1
-        if archive is not None and (last or count < LIVE_SHARE * len(live)):
-            archive_rows(archive, cache, live)  # before rows leave; forks ignore what is past a row's end
-        if last:
-            break
-        if count < LIVE_SHARE * len(live):
-            keep = running.argsort(descending=True, stable=True)[:max(count, MIN_ROWS)]
-            cache, live, token, running = cache.rows(keep), live[keep], token[keep], running[keep]
+        out[live, t], logprob[live, t] = token.where(running, 0), lp.where(running, 0.0)
+        length[live] += running
+        running = running & (token[:, None] != stop).all(1)
+        last = t == N - 1
+        if last or t % every == every - 1:
+            count = int(running.sum())
+            last, shrink = last or count == 0, count < LIVE_SHARE * len(live)
+            if archive is not None and (last or shrink):
+                archive_rows(archive, cache, live)  # before rows leave; forks ignore what is past a row's end
+            if last:
+                break
+            if shrink:
+                keep = running.argsort(descending=True, stable=True)[:max(count, MIN_ROWS)]
+                cache.keep(keep)
+                live, token, running = live[keep], token[keep], running[keep]
         row_steps += len(live)
+        if cache.length == cache.valid.shape[1]:
+            cache.resize(cache.length + min(N - t, CACHE_BLOCK), torch.arange(len(live), device=device))
         states = model.hidden(token[:, None], cache=cache)[:, 0]  # [rows, D]
     return out.cpu(), logprob.cpu(), length.cpu(), row_steps
 
 
 def archive_rows(archive: Cache, cache: Cache, live: Tensor) -> None:
     """Copies the batch's rows to their places in the archive."""
-    n = cache.length
-    archive.k[:, live, :, :n], archive.v[:, live, :, :n] = cache.k[:, :, :, :n], cache.v[:, :, :, :n]
-    archive.valid[live] = cache.valid
-    archive.length = max(archive.length, n)
+    n, before = cache.length, archive.valid.shape[1]
+    if n > before:
+        archive.resize(n, torch.arange(len(archive.valid), device=live.device))
+    for kept, tensors in ((archive.k, cache.k), (archive.v, cache.v)):
+        for x, new in zip(kept, tensors):
+            x[:, :, before:] = 0  # rows that have left; a masked NaN would still spread
+            x[live, :, :n] = new[:, :, :n]
+    archive.valid[live, :n] = cache.valid[:, :n]
+    archive.length = n
 
 
 def assemble(sampled: tuple, prompts: list[list[int]], first: int, prefill: list[str], in_answer: bool,
@@ -312,17 +329,6 @@ def join(parts: list[Rollouts]) -> Rollouts:
         else:  # lists are chained, counts summed
             joined[f.name] = sum(values, [] if isinstance(values[0], list) else 0)
     return Rollouts(**joined)
-
-
-def micro_batches(length: Tensor, budget: int) -> list[list[int]]:
-    """Rows sorted by length [B] and split into batches of at most `budget` padded tokens, or of one row."""
-    batches, rows = [], []
-    for b in length.argsort(stable=True).tolist():
-        if rows and (len(rows) + 1) * int(length[b]) > budget:
-            batches.append(rows)
-            rows = []
-        rows.append(b)
-    return batches + [rows] * bool(rows)
 
 
 @torch.no_grad()

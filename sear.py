@@ -28,12 +28,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # or a lost rank prints a page of C++ frames
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # or threads that wait keep a busy machine busy
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import evaluate
+from batches import MicroBatch, micro_batch, pack
 from judges import Judge, load_judge
 from kernels import segment_logprobs
 from lib import checkpoint, cli, parallel
@@ -43,7 +45,7 @@ from lib.parallel import all_gather, all_max, all_sum, rank_and_world, unsharded
 from lib.tokenizer import Tokenizer
 from model import Transformer
 from rewards import MALFORMED, Scores, score, thought_pay
-from rollout import Rollouts, encode_prompt, micro_batches, sample
+from rollout import Rollouts, encode_prompt, sample
 from warmstart import load_start, prepare_start, read_inputs, step_prompts
 
 OUT = "runs/{objective}-seed{seed}"  # the default run folder
@@ -187,28 +189,11 @@ class TokenCounts(NamedTuple):
     owned: Tensor  # by either player
 
 
-class MicroBatch(NamedTuple):
-    tokens: Tensor  # [b, T], right-padded: plain causal attention needs no mask
-    owned: Tensor  # [b * (T - 1)] bool: which targets a player owns; position t predicts token t + 1
-    logprob: Tensor  # [N], when sampled
-    advantage: Tensor  # [N]
-    is_thought: Tensor  # [N] bool
-    is_answer: Tensor  # [N] bool
-
-
-def micro_batch(rollouts: Rollouts, advantage: Tensor, rows: list[int], T: int, device) -> MicroBatch:
-    """The chosen rows of the batch, cut to T columns."""
-    owned = (rollouts.segment[rows, 1:T] >= 0).flatten()  # [b * (T - 1)]
-    per_token = (rollouts.logprob, advantage, *rollouts.owners)  # [B, T] each
-    owned_values = (x[rows, 1:T].flatten()[owned].to(device) for x in per_token)  # [N] each
-    return MicroBatch(rollouts.tokens[rows, :T].to(device), owned.to(device), *owned_values)
-
-
 def token_logprobs(model: Transformer, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probs [N] of the owned tokens and the sum of the entropies at them. Logits are never stored."""
-    hidden = model.hidden(batch.tokens[:, :-1]).flatten(0, 1)  # [b * (T - 1), D]
     segment = batch.owned.long() - 1  # -1: skipped by the kernel
-    out = segment_logprobs(hidden, model.head.weight, batch.tokens[:, 1:].flatten(), segment, 1, temperature)
+    out = segment_logprobs(model.hidden_packed(batch.packed), model.head.weight, batch.target, segment, 1,
+                           temperature)
     return out.logprob[batch.owned], out.entropy.sum()
 
 
@@ -233,15 +218,13 @@ def accumulate(model: Transformer, reference: Transformer | None, rollouts: Roll
                c: Config) -> dict[str, float]:
     """Adds the gradient of (7) over this rank's rollouts to the parameters' gradients.
     -> this rank's share of loss, kl, entropy, clip_fraction; its logprob_gap (sampler against learner)."""
-    owned = rollouts.segment >= 0  # [B, T]
-    sums = all_sum(torch.stack([mask.sum() for mask in (*rollouts.owners, owned)]))
+    sums = all_sum(torch.stack([mask.sum() for mask in (*rollouts.owners, rollouts.segment >= 0)]))
     counts = TokenCounts(*sums.clamp(min=1).to(model.device))
-    length = (torch.arange(owned.shape[1]) * owned).amax(1) + 1  # [B], prompt included
-    parts = micro_batches(length, c.tokens_per_micro_batch)
+    parts = pack(rollouts, c.tokens_per_micro_batch)
     missing = int(all_max(len(parts))) - len(parts)  # before any pass, since sharded passes need every rank
     logs = dict(loss=0.0, kl=0.0, entropy=0.0, clip_fraction=0.0, logprob_gap=0.0)
-    for rows in parts:
-        batch = micro_batch(rollouts, advantage, rows, int(length[rows].max()), model.device)
+    for blocks in parts:
+        batch = micro_batch(rollouts, advantage, blocks, model.device)
         logprob, entropy = token_logprobs(model, batch, c.temperature)
         ref = None
         if reference is not None:

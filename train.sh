@@ -25,6 +25,8 @@ if ! has "$python" "${packages[@]}"; then
     python=$here/.venv/bin/python
 fi
 
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000}  # threads that wait soon leave the core to others
+
 # One worker for each GPU, or one on the CPU. Signals go to the workers, which finish their step and save. The exit
 # code is that of the first worker that fails; the others then get ten seconds to end by themselves.
 stopped=0

@@ -14,6 +14,7 @@ from torch import Tensor
 import alchemy.world as alchemy
 import evaluate
 from alchemy.demonstrations import demonstrations, write_folder
+from batches import micro_batches
 from kernels import segment_logprobs
 from lib import checkpoint
 from lib.data import InputError, Prompt, as_json, describe, expect, load_prompts
@@ -21,7 +22,7 @@ from lib.parallel import rank_and_world, shard, wants_shards
 from lib.tokenizer import Tokenizer
 from model import Transformer, add_end_of_turn
 from rewards import PROBE_TOKENS
-from rollout import CLOSE, OPEN, check_length, encode_prompt, micro_batches
+from rollout import CLOSE, OPEN, check_length, encode_prompt
 
 STEPS, BATCH, RATE = 900, 32, 3e-3  # supervised steps, demonstrations a step, peak learning rate
 ATTEMPTS, FLUENT = 3, 0.8  # random starts tried; a start is fluent (0.99) or not at all (0.00)

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from attention import Cache
+from batches import micro_batches
 from lib.data import InputError, Prompt, as_json, expect, read_text
 from lib.tokenizer import Tokenizer
-from model import Cache, Config, Transformer, read_configs
-from rollout import micro_batches
+from model import Config, Transformer, read_configs
 
 PROMPT, ANSWER = "{prompt}", "{answer}"  # the places in a format
 READS = ("unsafe", "refusal", "helpful")
@@ -368,9 +369,9 @@ def read_pieces(reader: Reader, prompts: list[Prompt], pieces: list[list[str]]) 
 def fork_verdict(reader: Reader, cache: Cache, owner: tuple, columns: tuple, ending: list[int],
                  question: Question) -> list[float]:
     """Verdicts [F] on the rows `owner` of the cache, each cut off at its entry of `columns`."""
-    device = cache.k.device
+    device = cache.valid.device
     narrow = Cache(cache.k, cache.v, cache.valid, max(columns))
-    fork = narrow.rows(torch.tensor(owner, device=device), len(ending))
+    fork = narrow.rows(torch.tensor(owner), len(ending))
     end = torch.tensor(columns, device=device)[:, None]  # [F, 1]
     fork.valid &= torch.arange(fork.valid.shape[1], device=device) < end  # [F, S]
     states = reader.model.hidden(torch.tensor([ending] * len(owner), device=device), cache=fork)  # [F, T, D]

@@ -197,7 +197,8 @@ def shard(model: nn.Module, device: str) -> None:
     for part in (model, *model.model.layers):
         part.set_gradient_divide_factor(1.0)  # a sum, not a mean
         part.set_force_sum_reduction_for_comms(True)  # gloo has no other
-    register_fsdp_forward_method(model, "hidden")
+    for method in ("hidden", "hidden_packed"):
+        register_fsdp_forward_method(model, method)
 
 
 def is_sharded(x: Tensor | nn.Module) -> bool:

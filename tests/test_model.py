@@ -8,9 +8,10 @@ import torch
 from helpers import FIXTURES, FOLDERS, ROOT, golden, write_random_folder
 from safetensors.torch import load_file, save_file
 
+from attention import Cache, Packed, rope_frequencies
 from lib.data import InputError
 from lib.tokenizer import Tokenizer
-from model import Cache, Transformer, add_end_of_turn, parse_config, rope_frequencies
+from model import Transformer, add_end_of_turn, parse_config
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
@@ -93,6 +94,45 @@ def test_logprobs_through_the_cache_equal_the_full_forward(name):
     other = model(tokens[1:, :6], cache=fork).log_softmax(-1)
     again = model(torch.cat((tokens[0, :20], tokens[1, :6]))[None]).log_softmax(-1)
     assert torch.allclose(other[0], again[0, 20:], atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("name", FOLDERS)
+def test_packed_rows_equal_whole_rows(name, window):
+    """Two prompts of different lengths, four rows in two blocks: the states and gradients of whole rows."""
+    model = Transformer.from_pretrained(FIXTURES / name)
+    model.config.windows = [window] * len(model.config.windows)
+    generator = torch.Generator().manual_seed(1)
+    prompts, owners, sizes = torch.randint(0, 1900, (2, 9), generator=generator), [1, 0, 0, 1], [4, 4, 7, 7]
+    rows = [torch.randint(0, 1900, (n,), generator=generator) for n in sizes]
+    length = torch.tensor([9, 6])
+    packed = Packed(prompts, length, [torch.stack(rows[:2]), torch.stack(rows[2:])],
+                    [torch.tensor([1, 0]), torch.tensor([0, 1])])
+    found = model.hidden_packed(packed)
+    found.square().sum().backward()
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    whole = [model.hidden(torch.cat((prompts[i, :length[i]], row))[None])[0, length[i]:]
+             for i, row in zip(owners, rows)]
+    assert torch.allclose(found, torch.cat(whole), atol=1e-5)
+    torch.cat(whole).square().sum().backward()
+    for g, p in zip(gradients, (p for p in model.parameters() if p.grad is not None)):
+        assert (g - p.grad).norm() <= 2e-6 * p.grad.norm()
+
+
+@torch.no_grad()
+def test_a_cache_drops_rows_and_grows_in_place():
+    model = Transformer.from_pretrained(FIXTURES / "tiny-qwen2")
+    tokens = torch.randint(0, 1900, (4, 9), generator=torch.Generator().manual_seed(1))
+    cache, index = model.new_cache(4, 8), torch.tensor([3, 0])
+    model.hidden(tokens[:, :8], cache=cache)
+    other, memory = cache.rows(index, room=1), [x.data_ptr() for x in cache.k]
+    cache.keep(index)
+    assert [x.data_ptr() for x in cache.k] == memory and cache.valid.shape == (2, 8)
+    cache.resize(9, torch.arange(2))
+    found = model(tokens[index, 8:], cache=cache)
+    assert torch.equal(found, model(tokens[index, 8:], cache=other))
+    assert torch.allclose(found[:, 0], model(tokens[index])[:, -1], atol=1e-4)
 
 
 def test_a_full_cache_is_an_error():

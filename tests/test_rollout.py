@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import FIXTURES, FOLDERS, made_rollouts
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import alchemy.world as alchemy
 import rollout
@@ -338,6 +339,32 @@ def test_forced_answers_equal_those_of_a_prefilled_thought(world):
         again = sample(model, [so_far], tokenizer, prefill=[CLOSE + "\n\n"], **cold)
         expected = again.text[0][0] if again.finished[0] else ""
         assert found == [expected] * 2, (b, n)
+
+
+def test_a_gpu_waits_once_in_sixteen_tokens(qwen2, monkeypatch):
+    """Operations that read a result on the host, counted; what is sampled does not depend on how often."""
+    class Waits(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            by_mask = func is torch.ops.aten.index.Tensor and any(
+                x is not None and x.dtype == torch.bool for x in args[1])
+            self.count += by_mask or func in (torch.ops.aten._local_scalar_dense.default,
+                                              torch.ops.aten.nonzero.default)
+            return func(*args, **(kwargs or {}))
+    model, tokenizer = qwen2
+    prompts = encode_prompts(tokenizer, ["one", "another prompt"])
+    monkeypatch.setattr(model, "stop_ids", [*range(0, 1900, 20)])
+    found = []
+    for every in (1, 16):
+        monkeypatch.setitem(rollout.LOOK_EVERY, "cpu", every)
+        cache, states, _ = rollout.prefill_group(model, prompts, 16)
+        u = torch.from_numpy(uniforms(1, np.arange(32)[:, None], np.arange(64)))
+        with Waits() as waits, torch.no_grad():
+            found.append(rollout.decode(model, cache, states, u, 1.0)[:3])
+        assert waits.count <= 64 // every
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+    assert found[0][2].min() < 16  # rows end between two looks
 
 
 def test_forks_never_read_unwritten_memory(world, monkeypatch):
