@@ -90,17 +90,20 @@ def load_tokenizer(c, folder) -> Tokenizer:
 
 
 def load_start(c, start: Path, device: str) -> tuple[Tokenizer, Transformer, Transformer | None]:
-    """Tokenizer, model and frozen reference. Bytes a parameter: 16 with its gradient and AdamW's moments, 4
-    in the reference, 2 in the bf16 copy that samples."""
+    """Tokenizer, model and frozen reference. Bytes a parameter in bf16: 16 with its gradient and AdamW's
+    moments, 2 in the reference, 2 in the copy that samples."""
     def arrange(model: Transformer) -> None:
         size = sum(p.numel() for p in model.parameters())
-        if wants_shards(c.shard, size, 22 if c.beta else 18, device):
+        if wants_shards(c.shard, size, 20 if c.beta else 18, device):
             shard(model, device)
     tokenizer = load_tokenizer(c, start)
     model = Transformer.from_pretrained(start, device, arrange=arrange)
     add_end_of_turn(model, tokenizer)
-    reference = Transformer.from_pretrained(start, device, arrange=arrange) if c.beta else None
-    return tokenizer, model, reference and reference.requires_grad_(False)
+    if not c.beta:
+        return tokenizer, model, None
+    # Every layer casts its weights to the compute type anyway, so the reference needs no fp32 masters.
+    reference = Transformer.from_pretrained(start, device, model.compute_dtype, arrange, masters=False)
+    return tokenizer, model, reference.requires_grad_(False)
 
 
 # ---- the supervised warm start ---------------------------------------------------------------------------

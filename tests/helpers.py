@@ -70,14 +70,14 @@ QWEN = {  # width, layers, heads, key heads, inner width, vocabulary, tied
 
 def replicated(P, N):
     """Bytes that a GPU holds and that it sends in a step: P parameters on N ranks."""
-    return 22 * P, (N - 1) / N * 8 * P
+    return 20 * P, (N - 1) / N * 8 * P
 
 
 def sharded(B, R, H, L, N, M, cast=2):
     """The same with sharded parameters: B in the L blocks, R in the root group, H of those in the head; M
     micro-batches; cast: bytes of the compute type."""
-    holds = 20 * (B + R) / N + max(cast * B + 4 * R + 2 * H, 12 * R + (8 + cast) * B / L)
-    return holds, (N - 1) / N * (cast * B + 8 * R + M * (3 * cast * B + 4 * R + 4 * (B + R)))
+    holds = (16 + cast) * (B + R) / N + max(cast * B + 4 * R + 2 * H, (8 + cast) * (R + B / L))
+    return holds, (N - 1) / N * (cast * (B + R) + 4 * R + M * (3 * cast * B + 4 * R + 4 * (B + R)))
 
 
 def ranks_table():

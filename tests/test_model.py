@@ -8,6 +8,7 @@ import torch
 from helpers import FIXTURES, FOLDERS, ROOT, golden, write_random_folder
 from safetensors.torch import load_file, save_file
 
+from kernels import segment_logprobs
 from lib.data import InputError
 from lib.tokenizer import Tokenizer
 from model import Cache, Transformer, add_end_of_turn, parse_config, rope_frequencies
@@ -155,6 +156,26 @@ def test_bf16_results_are_the_same_with_weights_cast_once():
         assert model.lm_head.cast.dtype == torch.bfloat16
         assert torch.equal(model(tokens), plain)
     assert plain.dtype == torch.bfloat16 and model.lm_head.cast is None
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_weights_stored_in_bf16_give_the_bits_of_fp32_masters(name):
+    """The frozen reference on CUDA holds bf16 weights; norms, biases and the head's log-probs included."""
+    masters, stored = (Transformer.from_pretrained(FIXTURES / name, dtype=torch.bfloat16, masters=m)
+                       for m in (True, False))
+    with torch.no_grad():
+        for p in masters.parameters():  # numbers that bf16 does not hold
+            p += torch.rand_like(p) * p.abs() / 300
+        for p, q in zip(stored.parameters(), masters.parameters(), strict=True):
+            assert p.dtype == torch.bfloat16 and not torch.equal(q.bfloat16().float(), q)
+            p.copy_(q)
+    tokens = torch.randint(0, 300, (3, 17), generator=torch.Generator().manual_seed(0))
+    states = [m.hidden(tokens) for m in (masters, stored)]
+    assert states[0].dtype == torch.bfloat16 and torch.equal(*states)
+    owned = torch.zeros(51, dtype=torch.long)
+    found = [segment_logprobs(states[0].flatten(0, 1), m.head.weight, tokens.flatten(), owned, 1).logprob
+             for m in (masters, stored)]
+    assert torch.equal(*found)
 
 
 # ---- config.json -----------------------------------------------------------------------------------------

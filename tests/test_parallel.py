@@ -104,8 +104,9 @@ def batch(folder, mine):
 def gradients(folder, mine, shard, budget, dtype=None):
     """{name: gradient}, their norm, the logs and the models, of these prompts' rollouts on this rank."""
     arrange = (lambda model: parallel.shard(model, "cpu")) if shard else lambda model: None
-    model, reference = (Transformer.from_pretrained(f, dtype=dtype, arrange=arrange)
-                        for f in (folder / "start", folder / "other"))
+    model = Transformer.from_pretrained(folder / "start", dtype=dtype, arrange=arrange)
+    reference = Transformer.from_pretrained(folder / "other", dtype=dtype, arrange=arrange,
+                                            masters=dtype is None)
     reference.requires_grad_(False)
     logs = sear.accumulate(model, reference, *batch(folder / "start", mine),
                            sear.Config(beta=0.1, tokens_per_micro_batch=budget))

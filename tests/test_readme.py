@@ -272,8 +272,8 @@ def test_figures_in_the_text(world):
 def test_costs_in_docs_ranks():
     text = PAGES["docs/ranks.md"]
     assert block("ranks", text) == ranks_table()
-    for phrase in ("22 P", "20 P / N + the larger of 2 B + 4 R + 2 H", "12 R + 10 B / L", "· 8 P",
-                   "[2 B + 8 R + M (6 B + 4 R + 4 P)]", f"wait {parallel.TIMEOUT:.0f} seconds",
+    for phrase in ("20 P", "18 P / N + the larger of 2 B + 4 R + 2 H", "10 R + 10 B / L", "· 8 P",
+                   "[2 B + 6 R + M (6 B + 4 R + 4 P)]", f"wait {parallel.TIMEOUT:.0f} seconds",
                    "The third such"):
         assert phrase in text, phrase
     assert checkpoint.MAX_BAD_STEPS == 3
