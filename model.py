@@ -10,11 +10,13 @@ import contextlib
 import json
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lib.data import InputError, expect
 from lib.folder import Config, copy_weight, notice, parse_config, read_configs, stop_ids, tied, weight_files
@@ -151,6 +153,7 @@ class Transformer(nn.Module):
     def __init__(self, config: Config, generation: dict | None = None, dtype: torch.dtype | None = None):
         super().__init__()
         self.config, self.generation, self.dtype = config, generation or {}, dtype
+        self.checkpoint_activations = False  # True: blocks keep their input alone and run again in backward
         self.model = Body(config)
         head = Linear(config.hidden_size, config.num_labels or config.vocab_size, bias=False)
         if config.num_labels:
@@ -204,6 +207,8 @@ class Transformer(nn.Module):
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         for i, block in enumerate(self.model.layers):
             run = block if cache is None else block.forward  # a sampler's weights are gathered: no FSDP hooks
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
             x = run(x, cos, sin, masks[self.config.windows[i]], cache, i)
         if cache is not None:
             cache.length += T

@@ -111,6 +111,8 @@ class Config:
     learning_rate: float = knob(3e-4, "peak learning rate of AdamW", low=0)
     max_grad_norm: float = knob(1.0, "gradients are scaled down to this norm", low=1e-6)
     tokens_per_micro_batch: int = knob(8192, "padded tokens of one backward pass: memory only", low=1)
+    checkpoint_activations: str = knob("no", "run blocks again in the backward pass: less memory, more time",
+                                       ("yes", "no"))
     # Run
     eval_prompts: int = knob(200, "held-out requests of each class, before and after; 0: none", low=0)
     save_every: int = knob(75, "steps between checkpoints; a signal and the end write one too", low=1)
@@ -120,7 +122,8 @@ class Config:
 
 # Defaults for real checkpoints, from TARS (arXiv 2507.00971, section 3.3).
 CHECKPOINT_DEFAULTS = dict(judge="rules", learning_rate=1e-6, beta=1e-3, temperature=0.6,
-                           max_new_tokens=4096, max_rows=256, tokens_per_micro_batch=16384, eval_prompts=50)
+                           max_new_tokens=4096, max_rows=256, tokens_per_micro_batch=16384, eval_prompts=50,
+                           checkpoint_activations="yes")
 
 
 # ---- objectives, advantages, loss ------------------------------------------------------------------------

@@ -98,6 +98,7 @@ def load_start(c, start: Path, device: str) -> tuple[Tokenizer, Transformer, Tra
             shard(model, device)
     tokenizer = load_tokenizer(c, start)
     model = Transformer.from_pretrained(start, device, arrange=arrange)
+    model.checkpoint_activations = c.checkpoint_activations == "yes"
     add_end_of_turn(model, tokenizer)
     if not c.beta:
         return tokenizer, model, None

@@ -101,13 +101,15 @@ def batch(folder, mine):
     return rollouts, advantage[rows, :rollouts.tokens.shape[1]]
 
 
-def gradients(folder, mine, shard, budget, dtype=None):
-    """{name: gradient}, their norm, the logs and the models, of these prompts' rollouts on this rank."""
+def gradients(folder, mine, shard, budget, dtype=None, again=False):
+    """{name: gradient}, their norm, the logs and the models, of these prompts' rollouts on this rank.
+    again: blocks run again in the backward pass."""
     arrange = (lambda model: parallel.shard(model, "cpu")) if shard else lambda model: None
     model = Transformer.from_pretrained(folder / "start", dtype=dtype, arrange=arrange)
     reference = Transformer.from_pretrained(folder / "other", dtype=dtype, arrange=arrange,
                                             masters=dtype is None)
     reference.requires_grad_(False)
+    model.checkpoint_activations = again
     logs = sear.accumulate(model, reference, *batch(folder / "start", mine),
                            sear.Config(beta=0.1, tokens_per_micro_batch=budget))
     norm = parallel.sum_gradients(model)
@@ -132,8 +134,8 @@ def check_gradients(folder, mine):
     """Equal to those of one process, sharded or not, in one micro-batch or in many. -> sharded models."""
     expected = load_file(folder / "expected.safetensors")
     for shard in (False, True):
-        for budget in (1, 10_000):
-            found, norm, logs, models = gradients(folder, mine, shard, budget)
+        for budget, again in ((1, False), (400, True), (10_000, False)):
+            found, norm, logs, models = gradients(folder, mine, shard, budget, again=again)
             for name, g in found.items():
                 assert close(g, expected[name], 1e-6), (shard, budget, name)
             assert norm == pytest.approx(expected["norm"].item(), rel=1e-6)
