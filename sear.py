@@ -28,6 +28,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # or a lost rank prints a page of C++ frames
+# Batches change in shape from step to step; blocks that cannot grow would leave gaps of many GB.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import numpy as np
 import torch
@@ -88,7 +90,7 @@ class Config:
     reward_model: str = knob("", "folder of a reward model for helpfulness; empty: 1 - refusal")
     out: str = knob("", "run folder; empty: runs/<objective>-seed<seed>")
     resume: str = knob("", "run folder to continue, to the same bits; auto: that of --out, if it exists")
-    device: str = knob("", "cpu or cuda; empty: cuda if there is one", ("", "cpu", "cuda"))
+    device: str = knob("cpu", "where to run; auto: on CUDA if there is any", ("auto", "cpu", "cuda"))
     chain: int = knob(5, "reagents of a request of the embedded world: longer thoughts", low=2, high=14)
     seed: int = knob(1, "seed of the start model, the requests and the sampling", low=0, high=2**31)
     # Sampling
@@ -121,7 +123,7 @@ class Config:
 
 
 # Defaults for real checkpoints, from TARS (arXiv 2507.00971, section 3.3).
-CHECKPOINT_DEFAULTS = dict(judge="rules", learning_rate=1e-6, beta=1e-3, temperature=0.6,
+CHECKPOINT_DEFAULTS = dict(device="auto", judge="rules", learning_rate=1e-6, beta=1e-3, temperature=0.6,
                            max_new_tokens=4096, max_rows=256, tokens_per_micro_batch=16384, eval_prompts=50,
                            checkpoint_activations="yes")
 
@@ -308,7 +310,6 @@ def train_step(c: Config, model, reference, optimizer, tokenizer, judge, pool, s
     optimizer.param_groups[0]["lr"] = rate = learning_rate(c, step)
     gap = None
     for _ in range(c.updates):
-        optimizer.zero_grad()
         logs = accumulate(model, reference, rollouts, advantage, c)
         waiting = time.perf_counter()
         norm = parallel.sum_gradients(model)
@@ -316,10 +317,12 @@ def train_step(c: Config, model, reference, optimizer, tokenizer, judge, pool, s
         seconds["communicate"] += time.perf_counter() - waiting
         gap = logs["logprob_gap"] if gap is None else gap  # of the first update; later ones are off-policy
         finite = math.isfinite(norm) and math.isfinite(loss)
+        if finite:
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), c.max_grad_norm, torch.tensor(norm))
+            optimizer.step()
+        optimizer.zero_grad()  # at once, so that the next step samples without them
         if not finite:
             break
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), c.max_grad_norm, torch.tensor(norm))
-        optimizer.step()
     seconds["learn"] = time.perf_counter() - begin - seconds["communicate"]
     logs["logprob_gap"] = gap
     row = dict(step=step) | evaluate.step_rates(rollouts, scores, pay, harmful, statistics, logs)

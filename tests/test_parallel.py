@@ -245,8 +245,25 @@ def test_each_rank_needs_a_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(InputError, match="each rank needs a CUDA device: expected 3 or more here, found 2"):
-        parallel.rank_device("")
+        parallel.rank_device("auto")
     assert parallel.rank_device("cpu") == "cpu"
+
+
+def test_settings_of_a_run_on_cuda(tmp_path):
+    """In a process of its own, since they hold for all of torch. cuDNN would make a plan for each key length."""
+    code = """
+import os, torch, sear
+from lib import parallel
+torch.cuda.is_available, torch.cuda.device_count, torch.cuda.set_device = lambda: True, lambda: 1, print
+assert parallel.rank_device("cpu") == "cpu" and torch.backends.cuda.cudnn_sdp_enabled()
+assert parallel.rank_device("auto") == "cuda:0" and not torch.backends.cuda.cudnn_sdp_enabled()
+assert torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()
+assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=100)
+    assert done.returncode == 0, done.stderr
 
 
 # ---- whole runs ------------------------------------------------------------------------------------------

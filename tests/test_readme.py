@@ -220,6 +220,17 @@ def test_train_sh_trains_and_passes_exit_codes_on(start, tmp_path):
     assert bad.stderr.strip() == "sear.py: --steps must be a number, at least 0, got -1"
 
 
+def test_train_sh_starts_one_worker_for_the_embedded_world_on_a_machine_of_two_gpus(tmp_path):
+    """Each worker refuses --out, so the sentences count them."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "sitecustomize.py").write_text("import torch\ntorch.cuda.device_count = lambda: 2\n"
+                                               "torch.cuda.get_device_name = str\n")
+    for flags, workers in (((), 1), (("--device", "auto"), 2)):
+        command = ("env", f"PYTHONPATH={tmp_path}", "./train.sh", "--out", tmp_path / "file", *flags)
+        done = run(*command, cwd=ROOT)
+        assert done.returncode == 2 and done.stderr.count("should be a folder") == workers, done.stderr
+
+
 def test_torchrun_trains_from_any_folder(start, tmp_path):
     torchrun = Path(sys.executable).with_name("torchrun")
     done = run(torchrun, ROOT / "sear.py", *SHORT, "--model", start, "--eval-prompts", "0", cwd=tmp_path)

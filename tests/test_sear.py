@@ -483,6 +483,8 @@ def test_defaults_of_the_world_and_of_checkpoints():
     c = sear.parse([])
     assert (c.out, c.max_new_tokens, c.potential) == ("runs/sear-seed1", 72, "text")
     assert sear.parse(["--chain", "12"]).max_new_tokens == 121
+    assert (c.device, c.checkpoint_activations) == ("cpu", "no")  # even where there is a GPU
     assert sear.parse(["--objective", "probe"]).potential == "probe"
     real = sear.parse("--model m --prompts p.csv --beta 0.5".split())
+    assert (real.device, real.checkpoint_activations) == ("auto", "yes")
     assert (real.learning_rate, real.judge, real.beta, real.max_new_tokens) == (1e-6, "rules", 0.5, 4096)
