@@ -53,20 +53,25 @@ class Cache:
 
 class Linear(nn.Linear):
     """fp32 master weight, cast to the activation's type in forward."""
-    cast: Tensor | None = None  # a copy in the compute type, see Transformer.cast_once
+    cast: Tensor | None = None  # copies in the compute type, see Transformer.cast_once
+    bias_cast: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to(x.dtype) if self.cast is None else self.cast
-        return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+        bias = self.bias if self.bias_cast is None else self.bias_cast
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
 class RMSNorm(nn.Module):
+    cast: Tensor | None = None
+
     def __init__(self, width: int, eps: float):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        weight = self.weight.to(x.dtype) if self.cast is None else self.cast
+        return F.rms_norm(x, self.weight.shape, weight, self.eps)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -225,17 +230,20 @@ class Transformer(nn.Module):
 
     @contextlib.contextmanager
     def cast_once(self):
-        """Within the block every Linear uses one copy of its weight in the compute type, with the same
+        """Within the block layers use one copy of its weight and bias in the compute type, with the same
         results. Without it, decoding casts the fp32 masters again for each token. Does nothing in fp32."""
         cast = self.compute_dtype != torch.float32
-        linears = [m for m in self.modules() if isinstance(m, Linear) and cast]
+        layers = [m for m in self.modules() if isinstance(m, (Linear, RMSNorm)) and cast]
+        biased = [m for m in layers if getattr(m, "bias", None) is not None]
         try:
-            for m in linears:
+            for m in layers:
                 m.cast = m.weight.detach().to(self.compute_dtype)
+            for m in biased:
+                m.bias_cast = m.bias.detach().to(self.compute_dtype)
             yield
         finally:
-            for m in linears:
-                m.cast = None
+            for m in layers:
+                m.cast = m.bias_cast = None
 
     @classmethod
     def from_scratch(cls, folder: str | Path, seed: int, device: str | torch.device = "cpu") -> "Transformer":

@@ -30,7 +30,7 @@ fi
 stopped=0
 train() {
     local world port rank code=0 status workers=()
-    world=$(PYTHONPATH=$here "$python" -c 'import sys, torch
+    world=$(PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} "$python" -c 'import sys, torch
 found = torch.cuda.device_count()
 if found > 1:
     import sear

@@ -12,7 +12,7 @@ torch.set_num_threads(1)  # tiny tensors: a second thread mostly waits
 
 @pytest.fixture(scope="module", autouse=True)
 def without_cuda(request):
-    """Only the kernels are tested on a GPU. Elsewhere tests compare bits of fp32, and ranks would share it."""
+    """Only the kernels are tested on a GPU. Elsewhere tests compare fp32 bits, and ranks would share it."""
     with pytest.MonkeyPatch.context() as patch:
         if request.module.__name__ != "test_kernels_triton":
             patch.setenv("CUDA_VISIBLE_DEVICES", "")  # for the processes that a test starts

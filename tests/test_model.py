@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import FIXTURES, FOLDERS, ROOT, golden, write_random_folder
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import segment_logprobs
 from lib.data import InputError
@@ -147,14 +148,30 @@ def test_a_sliding_window_limits_how_far_a_token_sees():
     assert torch.allclose(model(tokens[:, :4], cache=fork), again, atol=1e-4)
 
 
+class Casts(TorchDispatchMode):
+    """Counts the casts of fp32 tensors of one or two dimensions to bf16, as parameters have."""
+    of_parameters = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if "_to_copy" in str(func) and kwargs.get("dtype") == torch.bfloat16 and args[0].ndim <= 2:
+            self.of_parameters += 1
+        return func(*args, **kwargs)
+
+
 def test_bf16_results_are_the_same_with_weights_cast_once():
     model = Transformer.from_pretrained(FIXTURES / "tiny-qwen2", dtype=torch.bfloat16)
+    with torch.no_grad():
+        for p in model.parameters():  # numbers that bf16 does not hold
+            p += torch.rand_like(p) / 300
     assert all(p.dtype == torch.float32 for p in model.parameters())  # masters stay fp32
     tokens = torch.arange(10)[None]
     plain = model(tokens)
     with model.cast_once():
         assert model.lm_head.cast.dtype == torch.bfloat16
-        assert torch.equal(model(tokens), plain)
+        with Casts() as casts:
+            assert torch.equal(model(tokens), plain)
+    assert casts.of_parameters == 0  # biases and norms included
     assert plain.dtype == torch.bfloat16 and model.lm_head.cast is None
 
 

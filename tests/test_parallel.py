@@ -250,7 +250,7 @@ def test_each_rank_needs_a_device(monkeypatch):
 
 
 def test_settings_of_a_run_on_cuda(tmp_path):
-    """In a process of its own, since they hold for all of torch. cuDNN would make a plan for each key length."""
+    """In a process of its own, since they hold for all of torch. cuDNN would plan for each key length."""
     code = """
 import os, torch, sear
 from lib import parallel

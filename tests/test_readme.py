@@ -220,15 +220,16 @@ def test_train_sh_trains_and_passes_exit_codes_on(start, tmp_path):
     assert bad.stderr.strip() == "sear.py: --steps must be a number, at least 0, got -1"
 
 
-def test_train_sh_starts_one_worker_for_the_embedded_world_on_a_machine_of_two_gpus(tmp_path):
-    """Each worker refuses --out, so the sentences count them."""
-    (tmp_path / "file").write_text("")
-    (tmp_path / "sitecustomize.py").write_text("import torch\ntorch.cuda.device_count = lambda: 2\n"
-                                               "torch.cuda.get_device_name = str\n")
-    for flags, workers in (((), 1), (("--device", "auto"), 2)):
-        command = ("env", f"PYTHONPATH={tmp_path}", "./train.sh", "--out", tmp_path / "file", *flags)
-        done = run(*command, cwd=ROOT)
-        assert done.returncode == 2 and done.stderr.count("should be a folder") == workers, done.stderr
+def test_train_sh_starts_one_worker_for_each_gpu_but_one_for_the_embedded_world(tmp_path):
+    """On a machine that seems to have two GPUs, with workers that only say so."""
+    (tmp_path / "sitecustomize.py").write_text("import torch\ntorch.cuda.device_count = lambda: 2\n")
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\ncase "$1" in *sear.py) echo worker; exit;; esac\n'
+                      f'PYTHONPATH={tmp_path}:$PYTHONPATH exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    for flags, workers in (((), 1), (("--model", "m", "--prompts", "p.csv"), 2), (("--help",), 1)):
+        done = run("env", f"PYTHON={python}", "./train.sh", *flags, cwd=ROOT)
+        assert done.returncode == 0 and done.stdout == "worker\n" * workers, (flags, done)
 
 
 def test_torchrun_trains_from_any_folder(start, tmp_path):
