@@ -46,7 +46,7 @@ from lib.tokenizer import Tokenizer
 from model import Transformer
 from rewards import MALFORMED, Scores, score, thought_pay
 from rollout import Rollouts, encode_prompt, micro_batches, sample
-from warmstart import load_start, prepare_start, read_inputs, step_prompts
+from warmstart import load_start, memory_plan, prepare_start, read_inputs, step_prompts
 
 OUT = "runs/{objective}-seed{seed}"  # the default run folder
 FLOOR = 0.05  # of the spread in (6): smaller differences than .15 in one of eight rollouts are noise
@@ -120,6 +120,7 @@ class Config:
     save_every: int = knob(75, "steps between checkpoints; a signal and the end write one too", low=1)
     shard: str = knob("auto", "split weights and optimizer over ranks; auto: if half a GPU cannot hold them",
                       ("auto", "yes", "no"))
+    plan: float = knob(0.0, "GB of a GPU: print what the run would need of them, and train nothing", low=0)
 
 
 # Defaults for real checkpoints, from TARS (arXiv 2507.00971, section 3.3).
@@ -344,6 +345,9 @@ def train(c: Config, run: Path) -> None:
     """The whole run: start model, evaluation, RL, evaluation. Continues from what the run folder holds."""
     checkpoint.same_on_all(asdict(c))
     device, pool = on_all_ranks(lambda: (parallel.rank_device(c.device), read_inputs(c)))
+    if c.plan:
+        text = on_all_ranks(lambda: memory_plan(c, pool))
+        return on_rank_0(lambda: print(text))
     judge = on_all_ranks(lambda: load_judge(c.judge, c.reward_model, device, pool))
     on_rank_0(lambda: checkpoint.open_run(run, asdict(c), bool(c.resume)))
     on_rank_0(lambda: prepare_start(c, run, device), patient=True)
@@ -399,6 +403,8 @@ def parse(arguments: list[str]) -> Config:
     if c.prefill_share and c.objective == "no-thought":
         raise InputError("--prefill-share needs a thought to prefill, and --objective no-thought has none")
     c.max_new_tokens = c.max_new_tokens or 37 + 7 * c.chain
+    if c.plan and not c.prompts:
+        raise InputError("--plan needs --prompts: the embedded world runs on any machine")
     if c.label and not c.prompts:
         raise InputError("--label needs --prompts: it labels the prompts of a file")
     if c.reward_model and not c.prompts:

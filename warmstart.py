@@ -14,12 +14,14 @@ from torch import Tensor
 import alchemy.world as alchemy
 import evaluate
 from alchemy.demonstrations import demonstrations, write_folder
+from judges import JUDGES
+from judges.guards import read_spec
 from kernels import segment_logprobs
-from lib import checkpoint
+from lib import checkpoint, plan
 from lib.data import InputError, Prompt, as_json, describe, expect, load_prompts
 from lib.parallel import rank_and_world, shard, wants_shards
 from lib.tokenizer import Tokenizer
-from model import Transformer, add_end_of_turn
+from model import Transformer, add_end_of_turn, read_configs
 from rewards import PROBE_TOKENS
 from rollout import CLOSE, OPEN, check_length, encode_prompt, micro_batches
 
@@ -59,6 +61,20 @@ def read_inputs(c) -> list[Prompt]:
     if c.eval_prompts and not requests and rank_and_world()[0] == 0:
         print(f"{c.prompts}: too few prompts to hold one out, so nothing is evaluated", file=sys.stderr)
     return pool
+
+
+def memory_plan(c, pool: list[Prompt]) -> str:
+    """What --plan prints. Raises InputError."""
+    tokenizer, model = load_tokenizer(c, c.model), Transformer.from_pretrained(c.model, "meta")
+    folders = [Path(path) for path in (c.judge, c.reward_model) if path and path not in JUDGES]
+    folders = [f.parent / read_spec(f)["model"] if f.suffix == ".json" else f for f in folders]
+    requests = evaluate.requests(pool, c.eval_prompts, c.chain)
+    attacks = [evaluate.attack_lengths(tokenizer, p, c) for p in requests]
+    injected = max(len(tokenizer.encode(evaluate.attack_text(a, pool[0], False))) for a in evaluate.ATTACKS)
+    work = plan.Work(
+        max(len(encode_prompt(tokenizer, p.prompt)) for p in pool) + injected * (c.prefill_share > 0),
+        max((max(lengths.values()) for lengths in attacks), default=0) + c.max_new_tokens, len(requests))
+    return plan.report(model.config, [read_configs(folder)[0] for folder in folders], c, work)
 
 
 def step_prompts(c, pool: list[Prompt], step: int) -> list[Prompt]:
