@@ -76,13 +76,20 @@ def classes_of(prompts: list[Prompt], embedded: bool) -> list[str]:
 def check_lengths(tokenizer: Tokenizer, prompts: list[Prompt], room: int, c) -> None:
     """Raises InputError if a prompt under attack and its answers exceed a context of `room` tokens."""
     for p in prompts:
-        tokens = encode_prompt(tokenizer, p.prompt)
-        again = encode_prompt(tokenizer, f"{alchemy.RESTART} {p.prompt}", after_answer=True)
-        for attack in ATTACKS:
-            text = tokenizer.encode(attack_text(attack, p, not c.prompts), special=True)
-            more = len(text) + c.max_new_tokens + len(again) if attack == "reset" else 0
-            check_length(room, len(tokens) + len(text) + (ROUNDS - 1) * more, c.max_new_tokens,
-                         f"prompt '{p.prompt:.40}' under attack '{attack}'")
+        for attack, tokens in attack_lengths(tokenizer, p, c).items():
+            check_length(room, tokens, c.max_new_tokens, f"prompt '{p.prompt:.40}' under attack '{attack}'")
+
+
+def attack_lengths(tokenizer: Tokenizer, prompt: Prompt, c) -> dict[str, int]:
+    """{attack: tokens in front of the last answer}, with the longest answers of `reset` before it."""
+    tokens = encode_prompt(tokenizer, prompt.prompt)
+    again = encode_prompt(tokenizer, f"{alchemy.RESTART} {prompt.prompt}", after_answer=True)
+    found = {}
+    for attack in ATTACKS:
+        text = tokenizer.encode(attack_text(attack, prompt, not c.prompts), special=True)
+        more = len(text) + c.max_new_tokens + len(again) if attack == "reset" else 0
+        found[attack] = len(tokens) + len(text) + (ROUNDS - 1) * more
+    return found
 
 
 def attacked(attack: str, model: Transformer, tokenizer: Tokenizer, prompts: list[Prompt], ids: list[int],

@@ -9,11 +9,13 @@ Shapes: B rows, T tokens, D width, V vocabulary, H heads, J key/value heads, E h
 import contextlib
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from attention import Cache, Packed, attend, attention_dtype, causal_mask, rope_tables, rotate
 from lib.data import InputError, expect
@@ -28,20 +30,25 @@ INIT_STD = 0.05  # of a model from scratch, which is always the embedded world's
 
 class Linear(nn.Linear):
     """fp32 master weight, cast to the activation's type in forward."""
-    cast: Tensor | None = None  # a copy in the compute type, see Transformer.cast_once
+    cast: Tensor | None = None  # copies in the compute type, see Transformer.cast_once
+    bias_cast: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to(x.dtype) if self.cast is None else self.cast
-        return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+        bias = self.bias if self.bias_cast is None else self.bias_cast
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
 class RMSNorm(nn.Module):
+    cast: Tensor | None = None
+
     def __init__(self, width: int, eps: float):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        weight = self.weight.to(x.dtype) if self.cast is None else self.cast
+        return F.rms_norm(x, self.weight.shape, weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -118,6 +125,7 @@ class Transformer(nn.Module):
     def __init__(self, config: Config, generation: dict | None = None, dtype: torch.dtype | None = None):
         super().__init__()
         self.config, self.generation, self.dtype = config, generation or {}, dtype
+        self.checkpoint_activations = False  # True: blocks keep their input alone and run again in backward
         self.model = Body(config)
         head = Linear(config.hidden_size, config.num_labels or config.vocab_size, bias=False)
         if config.num_labels:
@@ -185,6 +193,8 @@ class Transformer(nn.Module):
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         for i, block in enumerate(self.model.layers):
             run = block if cache is None else block.forward  # a sampler's weights are gathered: no FSDP hooks
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
             x = run(x, cos, sin, masks[self.config.windows[i]], cache, i, packed)
         return self.model.norm(x)
 
@@ -200,17 +210,20 @@ class Transformer(nn.Module):
 
     @contextlib.contextmanager
     def cast_once(self):
-        """Within the block every Linear uses one copy of its weight in the compute type, with the same
+        """Within the block layers use one copy of its weight and bias in the compute type, with the same
         results. Without it, decoding casts the fp32 masters again for each token. Does nothing in fp32."""
         cast = self.compute_dtype != torch.float32
-        linears = [m for m in self.modules() if isinstance(m, Linear) and cast]
+        layers = [m for m in self.modules() if isinstance(m, (Linear, RMSNorm)) and cast]
+        biased = [m for m in layers if getattr(m, "bias", None) is not None]
         try:
-            for m in linears:
+            for m in layers:
                 m.cast = m.weight.detach().to(self.compute_dtype)
+            for m in biased:
+                m.bias_cast = m.bias.detach().to(self.compute_dtype)
             yield
         finally:
-            for m in linears:
-                m.cast = None
+            for m in layers:
+                m.cast = m.bias_cast = None
 
     @classmethod
     def from_scratch(cls, folder: str | Path, seed: int, device: str | torch.device = "cpu") -> "Transformer":

@@ -19,6 +19,7 @@ from judges.guards import READS, Reader, load_reader, read_answers
 from lib import checkpoint
 from lib.cli import Parser, exit_code
 from lib.data import XSTEST, InputError, Prompt, expect, rows_of, whole_text
+from lib.parallel import rank_device
 from rollout import Rollouts, force_answers
 
 MALFORMED = -1.0  # equation (5)
@@ -289,8 +290,7 @@ def main(arguments: list[str]) -> int:
     def run() -> int:
         given = parse(arguments)
         rows = load_responses(given.responses)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        table = judge_responses(rows, given.judge, given.reward_model, device)
+        table = judge_responses(rows, given.judge, given.reward_model, rank_device("auto"))
         checkpoint.write_rows(given.out, table)
         print(agreement(rows, table))
         print(f"wrote {given.out}")

@@ -29,6 +29,8 @@ from typing import NamedTuple
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # or a lost rank prints a page of C++ frames
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # or threads that wait keep a busy machine busy
+# Batches change in shape from step to step; blocks that cannot grow would leave gaps of many GB.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import numpy as np
 import torch
@@ -46,7 +48,7 @@ from lib.tokenizer import Tokenizer
 from model import Transformer
 from rewards import MALFORMED, Scores, score, thought_pay
 from rollout import Rollouts, encode_prompt, sample
-from warmstart import load_start, prepare_start, read_inputs, step_prompts
+from warmstart import load_start, memory_plan, prepare_start, read_inputs, step_prompts
 
 OUT = "runs/{objective}-seed{seed}"  # the default run folder
 FLOOR = 0.05  # of the spread in (6): smaller differences than .15 in one of eight rollouts are noise
@@ -90,7 +92,7 @@ class Config:
     reward_model: str = knob("", "folder of a reward model for helpfulness; empty: 1 - refusal")
     out: str = knob("", "run folder; empty: runs/<objective>-seed<seed>")
     resume: str = knob("", "run folder to continue, to the same bits; auto: that of --out, if it exists")
-    device: str = knob("", "cpu or cuda; empty: cuda if there is one", ("", "cpu", "cuda"))
+    device: str = knob("cpu", "where to run; auto: on CUDA if there is any", ("auto", "cpu", "cuda"))
     chain: int = knob(5, "reagents of a request of the embedded world: longer thoughts", low=2, high=14)
     seed: int = knob(1, "seed of the start model, the requests and the sampling", low=0, high=2**31)
     # Sampling
@@ -113,16 +115,20 @@ class Config:
     learning_rate: float = knob(3e-4, "peak learning rate of AdamW", low=0)
     max_grad_norm: float = knob(1.0, "gradients are scaled down to this norm", low=1e-6)
     tokens_per_micro_batch: int = knob(8192, "padded tokens of one backward pass: memory only", low=1)
+    checkpoint_activations: str = knob("no", "run blocks again in the backward pass: less memory, more time",
+                                       ("yes", "no"))
     # Run
     eval_prompts: int = knob(200, "held-out requests of each class, before and after; 0: none", low=0)
     save_every: int = knob(75, "steps between checkpoints; a signal and the end write one too", low=1)
     shard: str = knob("auto", "split weights and optimizer over ranks; auto: if half a GPU cannot hold them",
                       ("auto", "yes", "no"))
+    plan: float = knob(0.0, "GB of a GPU: print what the run would need of them, and train nothing", low=0)
 
 
 # Defaults for real checkpoints, from TARS (arXiv 2507.00971, section 3.3).
-CHECKPOINT_DEFAULTS = dict(judge="rules", learning_rate=1e-6, beta=1e-3, temperature=0.6,
-                           max_new_tokens=4096, max_rows=256, tokens_per_micro_batch=16384, eval_prompts=50)
+CHECKPOINT_DEFAULTS = dict(device="auto", judge="rules", learning_rate=1e-6, beta=1e-3, temperature=0.6,
+                           max_new_tokens=4096, max_rows=256, tokens_per_micro_batch=16384, eval_prompts=50,
+                           checkpoint_activations="yes")
 
 
 # ---- objectives, advantages, loss ------------------------------------------------------------------------
@@ -288,7 +294,6 @@ def train_step(c: Config, model, reference, optimizer, tokenizer, judge, pool, s
     optimizer.param_groups[0]["lr"] = rate = learning_rate(c, step)
     gap = None
     for _ in range(c.updates):
-        optimizer.zero_grad()
         logs = accumulate(model, reference, rollouts, advantage, c)
         waiting = time.perf_counter()
         norm = parallel.sum_gradients(model)
@@ -296,10 +301,12 @@ def train_step(c: Config, model, reference, optimizer, tokenizer, judge, pool, s
         seconds["communicate"] += time.perf_counter() - waiting
         gap = logs["logprob_gap"] if gap is None else gap  # of the first update; later ones are off-policy
         finite = math.isfinite(norm) and math.isfinite(loss)
+        if finite:
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), c.max_grad_norm, torch.tensor(norm))
+            optimizer.step()
+        optimizer.zero_grad()  # at once, so that the next step samples without them
         if not finite:
             break
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), c.max_grad_norm, torch.tensor(norm))
-        optimizer.step()
     seconds["learn"] = time.perf_counter() - begin - seconds["communicate"]
     logs["logprob_gap"] = gap
     row = dict(step=step) | evaluate.step_rates(rollouts, scores, pay, harmful, statistics, logs)
@@ -321,6 +328,9 @@ def train(c: Config, run: Path) -> None:
     """The whole run: start model, evaluation, RL, evaluation. Continues from what the run folder holds."""
     checkpoint.same_on_all(asdict(c))
     device, pool = on_all_ranks(lambda: (parallel.rank_device(c.device), read_inputs(c)))
+    if c.plan:
+        text = on_all_ranks(lambda: memory_plan(c, pool))
+        return on_rank_0(lambda: print(text))
     judge = on_all_ranks(lambda: load_judge(c.judge, c.reward_model, device, pool))
     on_rank_0(lambda: checkpoint.open_run(run, asdict(c), bool(c.resume)))
     on_rank_0(lambda: prepare_start(c, run, device), patient=True)
@@ -376,6 +386,8 @@ def parse(arguments: list[str]) -> Config:
     if c.prefill_share and c.objective == "no-thought":
         raise InputError("--prefill-share needs a thought to prefill, and --objective no-thought has none")
     c.max_new_tokens = c.max_new_tokens or 37 + 7 * c.chain
+    if c.plan and not c.prompts:
+        raise InputError("--plan needs --prompts: the embedded world runs on any machine")
     if c.label and not c.prompts:
         raise InputError("--label needs --prompts: it labels the prompts of a file")
     if c.reward_model and not c.prompts:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# ./train.sh [flags of sear.py]   set-up on the first call, then training on every GPU of this machine, or on the CPU
+# ./train.sh [flags of sear.py]   set-up on the first call, then training; with --prompts on every GPU of this machine
 # ./train.sh test [flags of pytest]   set-up, then ruff and the tests
 # ./train.sh ablations [flags]    every objective, three seeds each, then the table and the pictures
 #
@@ -27,12 +27,19 @@ fi
 
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000}  # threads that wait soon leave the core to others
 
-# One worker for each GPU, or one on the CPU. Signals go to the workers, which finish their step and save. The exit
+# One worker for each GPU, or one on the CPU; sear.py is asked which if there are several GPUs. Signals go to the
+# workers, which finish their step and save. The exit
 # code is that of the first worker that fails; the others then get ten seconds to end by themselves.
 stopped=0
 train() {
     local world port rank code=0 status workers=()
-    world=$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')
+    world=$(PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} "$python" -c 'import sys, torch
+found = torch.cuda.device_count()
+if found > 1:
+    import sear
+    found = found if sear.parse(sys.argv[1:]).device != "cpu" else 1
+print(max(1, found))' "$@" 2>/dev/null | tail -n 1) || true
+    [[ $world =~ ^[0-9]+$ ]] || world=1  # --help, or flags that the worker refuses
     port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
     set -m  # process groups of their own: Ctrl-C reaches this script only
     for ((rank = 0; rank < world; rank++)); do

@@ -15,12 +15,14 @@ import alchemy.world as alchemy
 import evaluate
 from alchemy.demonstrations import demonstrations, write_folder
 from batches import micro_batches
+from judges import JUDGES
+from judges.guards import read_spec
 from kernels import segment_logprobs
-from lib import checkpoint
+from lib import checkpoint, plan
 from lib.data import InputError, Prompt, as_json, describe, expect, load_prompts
 from lib.parallel import rank_and_world, shard, wants_shards
 from lib.tokenizer import Tokenizer
-from model import Transformer, add_end_of_turn
+from model import Transformer, add_end_of_turn, read_configs
 from rewards import PROBE_TOKENS
 from rollout import CLOSE, OPEN, check_length, encode_prompt
 
@@ -62,6 +64,20 @@ def read_inputs(c) -> list[Prompt]:
     return pool
 
 
+def memory_plan(c, pool: list[Prompt]) -> str:
+    """What --plan prints. Raises InputError."""
+    tokenizer, model = load_tokenizer(c, c.model), Transformer.from_pretrained(c.model, "meta")
+    folders = [Path(path) for path in (c.judge, c.reward_model) if path and path not in JUDGES]
+    folders = [f.parent / read_spec(f)["model"] if f.suffix == ".json" else f for f in folders]
+    requests = evaluate.requests(pool, c.eval_prompts, c.chain)
+    attacks = [evaluate.attack_lengths(tokenizer, p, c) for p in requests]
+    injected = max(len(tokenizer.encode(evaluate.attack_text(a, pool[0], False))) for a in evaluate.ATTACKS)
+    work = plan.Work(
+        max(len(encode_prompt(tokenizer, p.prompt)) for p in pool) + injected * (c.prefill_share > 0),
+        max((max(lengths.values()) for lengths in attacks), default=0) + c.max_new_tokens, len(requests))
+    return plan.report(model.config, [read_configs(folder)[0] for folder in folders], c, work)
+
+
 def step_prompts(c, pool: list[Prompt], step: int) -> list[Prompt]:
     """The prompts of a step, for all ranks: shuffled epochs of the file, or the world's requests."""
     if not pool:
@@ -91,17 +107,21 @@ def load_tokenizer(c, folder) -> Tokenizer:
 
 
 def load_start(c, start: Path, device: str) -> tuple[Tokenizer, Transformer, Transformer | None]:
-    """Tokenizer, model and frozen reference. Bytes a parameter: 16 with its gradient and AdamW's moments, 4
-    in the reference, 2 in the bf16 copy that samples."""
+    """Tokenizer, model and frozen reference. Bytes a parameter in bf16: 16 with its gradient and AdamW's
+    moments, 2 in the reference, 2 in the copy that samples."""
     def arrange(model: Transformer) -> None:
         size = sum(p.numel() for p in model.parameters())
-        if wants_shards(c.shard, size, 22 if c.beta else 18, device):
+        if wants_shards(c.shard, size, 20 if c.beta else 18, device):
             shard(model, device)
     tokenizer = load_tokenizer(c, start)
     model = Transformer.from_pretrained(start, device, arrange=arrange)
+    model.checkpoint_activations = c.checkpoint_activations == "yes"
     add_end_of_turn(model, tokenizer)
-    reference = Transformer.from_pretrained(start, device, arrange=arrange) if c.beta else None
-    return tokenizer, model, reference and reference.requires_grad_(False)
+    if not c.beta:
+        return tokenizer, model, None
+    # Every layer casts its weights to the compute type anyway, so the reference needs no fp32 masters.
+    reference = Transformer.from_pretrained(start, device, model.compute_dtype, arrange, masters=False)
+    return tokenizer, model, reference.requires_grad_(False)
 
 
 # ---- the supervised warm start ---------------------------------------------------------------------------

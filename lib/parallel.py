@@ -36,7 +36,19 @@ def rank_device(choice: str) -> str:
     if place >= found:
         raise InputError(f"each rank needs a CUDA device: expected {place + 1} or more here, found {found}")
     torch.cuda.set_device(place)
+    set_up_cuda()
     return f"cuda:{place}"
+
+
+def set_up_cuda() -> None:
+    """Settings of torch for all of a run on CUDA. No GPU has run them so far."""
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each number of keys: 20 ms a token
+    # A continued run has the same bits only if sums do not depend on which thread is first. Where torch has
+    # no such sum it warns.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # NaN in each new tensor costs time
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums in fp32, rounded once
 
 
 @contextlib.contextmanager

@@ -10,6 +10,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 torch.set_num_threads(1)  # tiny tensors: a second thread mostly waits
 
 
+@pytest.fixture(scope="module", autouse=True)
+def without_cuda(request):
+    """Only the kernels are tested on a GPU. Elsewhere tests compare fp32 bits, and ranks would share it."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.module.__name__ != "test_kernels_triton":
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")  # for the processes that a test starts
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """Folder, tokenizer and random model of the embedded world."""

@@ -62,34 +62,42 @@ def run_sear(*flags, before="", **options):
 
 # ---- what a rank holds and sends -------------------------------------------------------------------------
 
-QWEN = {  # width, layers, heads, key heads, inner width, vocabulary, tied
+# Width, layers, heads, key heads, inner width, vocabulary, tied; from huggingface.co/Qwen/Qwen2.5-*
+QWEN = {
+    "0.5B": (896, 24, 14, 2, 4864, 151_936, True),
     "1.5B": (1536, 28, 12, 2, 8960, 151_936, True),
     "7B": (3584, 28, 28, 4, 18_944, 152_064, False),
     "32B": (5120, 64, 40, 8, 27_648, 152_064, False)}
 
 
+def shape(D, L, heads, kv_heads, inner, V, tied):
+    """The config of a model of Qwen2's kind."""
+    return parse_config(dict(
+        architectures=["Qwen2ForCausalLM"], hidden_size=D, num_hidden_layers=L, vocab_size=V,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, intermediate_size=inner,
+        tie_word_embeddings=tied, max_position_embeddings=32_768))
+
+
 def replicated(P, N):
     """Bytes that a GPU holds and that it sends in a step: P parameters on N ranks."""
-    return 22 * P, (N - 1) / N * 8 * P
+    return 20 * P, (N - 1) / N * 8 * P
 
 
 def sharded(B, R, H, L, N, M, cast=2):
     """The same with sharded parameters: B in the L blocks, R in the root group, H of those in the head; M
     micro-batches; cast: bytes of the compute type."""
-    holds = 20 * (B + R) / N + max(cast * B + 4 * R + 2 * H, 12 * R + (8 + cast) * B / L)
-    return holds, (N - 1) / N * (cast * B + 8 * R + M * (3 * cast * B + 4 * R + 4 * (B + R)))
+    holds = (16 + cast) * (B + R) / N + max(cast * B + 4 * R + 2 * H, (8 + cast) * (R + B / L))
+    return holds, (N - 1) / N * (cast * (B + R) + 4 * R + M * (3 * cast * B + 4 * R + 4 * (B + R)))
 
 
 def ranks_table():
     """Markdown: GB held and GB sent in a step of two micro-batches, for three models on 1, 8 and 64 GPUs."""
     lines = ["| model | GPUs | held, replicated | held, sharded | sent, replicated | sent, sharded |",
              "|" + "---|" * 6]
-    for name, (D, L, heads, kv_heads, inner, V, tied) in QWEN.items():
-        raw = dict(architectures=["Qwen2ForCausalLM"], hidden_size=D, num_hidden_layers=L, vocab_size=V,
-                   num_attention_heads=heads, num_key_value_heads=kv_heads, intermediate_size=inner,
-                   tie_word_embeddings=tied, max_position_embeddings=32_768)
+    for name in ("1.5B", "7B", "32B"):
+        D, L, *_, V, _ = QWEN[name]
         with torch.device("meta"):
-            model = Transformer(parse_config(raw))
+            model = Transformer(shape(*QWEN[name]))
         B, P = (sum(p.numel() for p in m.parameters()) for m in (model.model.layers, model))
         for N in (1, 8, 64):
             pairs = zip(replicated(P, N), sharded(B, P - B, V * D, L, N, 2))

@@ -7,8 +7,10 @@ import pytest
 import torch
 from helpers import FIXTURES, FOLDERS, ROOT, golden, write_random_folder
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from attention import Cache, Packed, rope_frequencies
+from kernels import segment_logprobs
 from lib.data import InputError
 from lib.tokenizer import Tokenizer
 from model import Transformer, add_end_of_turn, parse_config
@@ -186,15 +188,75 @@ def test_a_sliding_window_limits_how_far_a_token_sees():
     assert torch.allclose(model(tokens[:, :4], cache=fork), again, atol=1e-4)
 
 
+class Casts(TorchDispatchMode):
+    """Counts the casts of fp32 tensors of one or two dimensions to bf16, as parameters have."""
+    of_parameters = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if "_to_copy" in str(func) and kwargs.get("dtype") == torch.bfloat16 and args[0].ndim <= 2:
+            self.of_parameters += 1
+        return func(*args, **kwargs)
+
+
 def test_bf16_results_are_the_same_with_weights_cast_once():
     model = Transformer.from_pretrained(FIXTURES / "tiny-qwen2", dtype=torch.bfloat16)
+    with torch.no_grad():
+        for p in model.parameters():  # numbers that bf16 does not hold
+            p += torch.rand_like(p) / 300
     assert all(p.dtype == torch.float32 for p in model.parameters())  # masters stay fp32
     tokens = torch.arange(10)[None]
     plain = model(tokens)
     with model.cast_once():
         assert model.lm_head.cast.dtype == torch.bfloat16
-        assert torch.equal(model(tokens), plain)
+        with Casts() as casts:
+            assert torch.equal(model(tokens), plain)
+    assert casts.of_parameters == 0  # biases and norms included
     assert plain.dtype == torch.bfloat16 and model.lm_head.cast is None
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_gradients_have_the_same_bits_if_blocks_run_again(name):
+    """And what is kept for the backward pass shrinks to the inputs of the blocks."""
+    model, kept, found = Transformer.from_pretrained(FIXTURES / name), [], []
+    tokens = torch.randint(0, 300, (6, 40), generator=torch.Generator().manual_seed(0))
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    for model.checkpoint_activations in (False, True):
+        bytes_of = {}
+
+        def count(x):
+            bytes_of[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+        model.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+            loss = model.hidden(tokens).square().sum()
+        kept.append(sum(size for place, size in bytes_of.items() if place not in weights))
+        loss.backward()
+        found.append([p.grad.clone() for n, p in model.named_parameters() if n != HEAD])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)) and found[0][0].norm() > 0
+    assert kept[1] < kept[0] / 4
+    with torch.no_grad():  # a sampler with a cache is left alone
+        model.hidden(tokens, cache=model.new_cache(6, 40))
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_weights_stored_in_bf16_give_the_bits_of_fp32_masters(name):
+    """The frozen reference on CUDA holds bf16 weights; norms, biases and the head's log-probs included."""
+    masters, stored = (Transformer.from_pretrained(FIXTURES / name, dtype=torch.bfloat16, masters=m)
+                       for m in (True, False))
+    with torch.no_grad():
+        for p in masters.parameters():  # numbers that bf16 does not hold
+            p += torch.rand_like(p) * p.abs() / 300
+        for p, q in zip(stored.parameters(), masters.parameters(), strict=True):
+            assert p.dtype == torch.bfloat16 and not torch.equal(q.bfloat16().float(), q)
+            p.copy_(q)
+    tokens = torch.randint(0, 300, (3, 17), generator=torch.Generator().manual_seed(0))
+    states = [m.hidden(tokens) for m in (masters, stored)]
+    assert states[0].dtype == torch.bfloat16 and torch.equal(*states)
+    owned = torch.zeros(51, dtype=torch.long)
+    found = [segment_logprobs(states[0].flatten(0, 1), m.head.weight, tokens.flatten(), owned, 1).logprob
+             for m in (masters, stored)]
+    assert torch.equal(*found)
 
 
 # ---- config.json -----------------------------------------------------------------------------------------

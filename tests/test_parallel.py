@@ -101,12 +101,15 @@ def batch(folder, mine):
     return rollouts, advantage[rows, :rollouts.tokens.shape[1]]
 
 
-def gradients(folder, mine, shard, budget, dtype=None):
-    """{name: gradient}, their norm, the logs and the models, of these prompts' rollouts on this rank."""
+def gradients(folder, mine, shard, budget, dtype=None, again=False):
+    """{name: gradient}, their norm, the logs and the models, of these prompts' rollouts on this rank.
+    again: blocks run again in the backward pass."""
     arrange = (lambda model: parallel.shard(model, "cpu")) if shard else lambda model: None
-    model, reference = (Transformer.from_pretrained(f, dtype=dtype, arrange=arrange)
-                        for f in (folder / "start", folder / "other"))
+    model = Transformer.from_pretrained(folder / "start", dtype=dtype, arrange=arrange)
+    reference = Transformer.from_pretrained(folder / "other", dtype=dtype, arrange=arrange,
+                                            masters=dtype is None)
     reference.requires_grad_(False)
+    model.checkpoint_activations = again
     logs = sear.accumulate(model, reference, *batch(folder / "start", mine),
                            sear.Config(beta=0.1, tokens_per_micro_batch=budget))
     norm = parallel.sum_gradients(model)
@@ -131,8 +134,8 @@ def check_gradients(folder, mine):
     """Equal to those of one process, sharded or not, in one micro-batch or in many. -> sharded models."""
     expected = load_file(folder / "expected.safetensors")
     for shard in (False, True):
-        for budget in (1, 10_000):
-            found, norm, logs, models = gradients(folder, mine, shard, budget)
+        for budget, again in ((1, False), (400, True), (10_000, False)):
+            found, norm, logs, models = gradients(folder, mine, shard, budget, again=again)
             for name, g in found.items():
                 assert close(g, expected[name], 1e-6), (shard, budget, name)
             assert norm == pytest.approx(expected["norm"].item(), rel=1e-6)
@@ -242,8 +245,25 @@ def test_each_rank_needs_a_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(InputError, match="each rank needs a CUDA device: expected 3 or more here, found 2"):
-        parallel.rank_device("")
+        parallel.rank_device("auto")
     assert parallel.rank_device("cpu") == "cpu"
+
+
+def test_settings_of_a_run_on_cuda(tmp_path):
+    """In a process of its own, since they hold for all of torch. cuDNN would plan for each key length."""
+    code = """
+import os, torch, sear
+from lib import parallel
+torch.cuda.is_available, torch.cuda.device_count, torch.cuda.set_device = lambda: True, lambda: 1, print
+assert parallel.rank_device("cpu") == "cpu" and torch.backends.cuda.cudnn_sdp_enabled()
+assert parallel.rank_device("auto") == "cuda:0" and not torch.backends.cuda.cudnn_sdp_enabled()
+assert torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()
+assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=100)
+    assert done.returncode == 0, done.stderr
 
 
 # ---- whole runs ------------------------------------------------------------------------------------------

@@ -223,6 +223,18 @@ def test_train_sh_trains_and_passes_exit_codes_on(start, tmp_path):
     assert bad.stderr.strip() == "sear.py: --steps must be a number, at least 0, got -1"
 
 
+def test_train_sh_starts_one_worker_for_each_gpu_but_one_for_the_embedded_world(tmp_path):
+    """On a machine that seems to have two GPUs, with workers that only say so."""
+    (tmp_path / "sitecustomize.py").write_text("import torch\ntorch.cuda.device_count = lambda: 2\n")
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\ncase "$1" in *sear.py) echo worker; exit;; esac\n'
+                      f'PYTHONPATH={tmp_path}:$PYTHONPATH exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    for flags, workers in (((), 1), (("--model", "m", "--prompts", "p.csv"), 2), (("--help",), 1)):
+        done = run("env", f"PYTHON={python}", "./train.sh", *flags, cwd=ROOT)
+        assert done.returncode == 0 and done.stdout == "worker\n" * workers, (flags, done)
+
+
 def test_torchrun_trains_from_any_folder(start, tmp_path):
     torchrun = Path(sys.executable).with_name("torchrun")
     done = run(torchrun, ROOT / "sear.py", *SHORT, "--model", start, "--eval-prompts", "0", cwd=tmp_path)
@@ -275,8 +287,8 @@ def test_figures_in_the_text(world):
 def test_costs_in_docs_ranks():
     text = PAGES["docs/ranks.md"]
     assert block("ranks", text) == ranks_table()
-    for phrase in ("22 P", "20 P / N + the larger of 2 B + 4 R + 2 H", "12 R + 10 B / L", "· 8 P",
-                   "[2 B + 8 R + M (6 B + 4 R + 4 P)]", f"wait {parallel.TIMEOUT:.0f} seconds",
+    for phrase in ("20 P", "18 P / N + the larger of 2 B + 4 R + 2 H", "10 R + 10 B / L", "· 8 P",
+                   "[2 B + 6 R + M (6 B + 4 R + 4 P)]", f"wait {parallel.TIMEOUT:.0f} seconds",
                    "The third such"):
         assert phrase in text, phrase
     assert checkpoint.MAX_BAD_STEPS == 3

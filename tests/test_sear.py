@@ -479,7 +479,7 @@ def test_the_judge_of_the_world_pays_a_rollout_as_the_readme_says(world):
 def test_every_knob_has_a_sentence_and_a_reader():
     source = "".join((ROOT / f).read_text() for f in ("sear.py", "evaluate.py", "warmstart.py"))
     knobs = dataclasses.fields(Config)
-    assert len(knobs) <= 32  # a reader meets them before the algorithm
+    assert len(knobs) <= 34  # a reader meets them before the algorithm
     for f in knobs:
         assert len(f.metadata["help"].split()) >= 3, f.name
         assert re.search(rf"\bc\.{f.name}\b", source), f"nobody reads --{f.name}"
@@ -500,6 +500,7 @@ def test_every_knob_has_a_sentence_and_a_reader():
     ("--objective best", "invalid choice: 'best'"),
     ("--seed -1", "--seed must be between 0 and"),
     ("--prompts p.csv", "--prompts needs --model"),
+    ("--plan 80", "--plan needs --prompts"),
     ("--label harmful", "--label needs --prompts"),
     ("--judge rules", "--judge rules cannot judge the embedded world"),
     ("--model m --prompts p.csv --judge alchemy", "--judge alchemy cannot judge p.csv; expected rules"),
@@ -517,6 +518,8 @@ def test_defaults_of_the_world_and_of_checkpoints():
     c = sear.parse([])
     assert (c.out, c.max_new_tokens, c.potential) == ("runs/sear-seed1", 72, "text")
     assert sear.parse(["--chain", "12"]).max_new_tokens == 121
+    assert (c.device, c.checkpoint_activations) == ("cpu", "no")  # even where there is a GPU
     assert sear.parse(["--objective", "probe"]).potential == "probe"
     real = sear.parse("--model m --prompts p.csv --beta 0.5".split())
+    assert (real.device, real.checkpoint_activations) == ("auto", "yes")
     assert (real.learning_rate, real.judge, real.beta, real.max_new_tokens) == (1e-6, "rules", 0.5, 4096)
