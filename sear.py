@@ -41,6 +41,7 @@ from lib.checkpoint import on_all_ranks, on_rank_0
 from lib.data import InputError
 from lib.parallel import all_gather, all_max, all_sum, rank_and_world, unsharded
 from lib.tokenizer import Tokenizer
+from lora import adapter_off, save_adapter
 from model import Transformer
 from rewards import MALFORMED, Scores, score, thought_pay
 from rollout import Rollouts, encode_prompt, micro_batches, sample
@@ -111,6 +112,8 @@ class Config:
     learning_rate: float = knob(3e-4, "peak learning rate of AdamW", low=0)
     max_grad_norm: float = knob(1.0, "gradients are scaled down to this norm", low=1e-6)
     tokens_per_micro_batch: int = knob(8192, "padded tokens of one backward pass: memory only", low=1)
+    lora_rank: int = knob(0, "train a LoRA adapter of this rank on all projections; 0: all weights", low=0)
+    lora_alpha: int = knob(0, "the adapter is scaled by alpha / rank; 0: alpha is twice the rank", low=0)
     # Run
     eval_prompts: int = knob(200, "held-out requests of each class, before and after; 0: none", low=0)
     save_every: int = knob(75, "steps between checkpoints; a signal and the end write one too", low=1)
@@ -245,7 +248,7 @@ def accumulate(model: Transformer, reference: Transformer | None, rollouts: Roll
         logprob, entropy = token_logprobs(model, batch, c.temperature)
         ref = None
         if reference is not None:
-            with torch.no_grad():
+            with torch.no_grad(), adapter_off(reference):
                 ref, _ = token_logprobs(reference, batch, c.temperature)
         loss, kl, clipped = policy_loss(logprob, ref, batch, counts, c)
         loss.backward()
@@ -372,6 +375,7 @@ def train(c: Config, run: Path) -> None:
             raise checkpoint.Stopped
 
     if not exported:
+        on_all_ranks(lambda: c.lora_rank and save_adapter(run / "adapter", model, run / "start"))
         on_all_ranks(lambda: checkpoint.export(run / "model", model, tokenizer))
     evaluate.run_stage("after", run, model, tokenizer, judge, requests, c)
     if rank_and_world()[0] == 0 and requests:
@@ -395,6 +399,11 @@ def parse(arguments: list[str]) -> Config:
     c.max_new_tokens = c.max_new_tokens or 37 + 7 * c.chain
     if c.label and not c.prompts:
         raise InputError("--label needs --prompts: it labels the prompts of a file")
+    if c.lora_alpha and not c.lora_rank:
+        raise InputError("--lora-alpha needs --lora-rank: without an adapter there is nothing to scale")
+    if c.lora_rank and c.shard == "yes":
+        raise InputError("--lora-rank does not go with --shard yes: sampling gathers frozen weights anyway")
+    c.lora_alpha = c.lora_alpha or 2 * c.lora_rank
     if c.reward_model and not c.prompts:
         raise InputError("--reward-model does not apply to the embedded world, whose verifier judges help")
     return c

@@ -19,6 +19,7 @@ from lib import checkpoint
 from lib.data import InputError, Prompt, as_json, describe, expect, load_prompts
 from lib.parallel import rank_and_world, shard, wants_shards
 from lib.tokenizer import Tokenizer
+from lora import add_adapter
 from model import Transformer, add_end_of_turn
 from rewards import PROBE_TOKENS
 from rollout import CLOSE, OPEN, check_length, encode_prompt, micro_batches
@@ -91,14 +92,20 @@ def load_tokenizer(c, folder) -> Tokenizer:
 
 def load_start(c, start: Path, device: str) -> tuple[Tokenizer, Transformer, Transformer | None]:
     """Tokenizer, model and frozen reference. Bytes a parameter: 16 with its gradient and AdamW's moments, 4
-    in the reference, 2 in the bf16 copy that samples."""
+    in the reference, 2 in the bf16 copy that samples. With LoRA 2 in all: frozen weights are held in the
+    compute type, to which layers cast them anyway, and the reference is the model without its adapter."""
     def arrange(model: Transformer) -> None:
         size = sum(p.numel() for p in model.parameters())
-        if wants_shards(c.shard, size, 22 if c.beta else 18, device):
+        if not c.lora_rank and wants_shards(c.shard, size, 22 if c.beta else 18, device):
             shard(model, device)
-    tokenizer = load_tokenizer(c, start)
-    model = Transformer.from_pretrained(start, device, arrange=arrange)
+    tokenizer, frozen = load_tokenizer(c, start), {}
+    if c.lora_rank:
+        frozen = dict(masters=False, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
+    model = Transformer.from_pretrained(start, device, arrange=arrange, **frozen)
     add_end_of_turn(model, tokenizer)
+    if c.lora_rank:
+        add_adapter(model, c.lora_rank, c.lora_alpha, c.seed)
+        return tokenizer, model, model if c.beta else None
     reference = Transformer.from_pretrained(start, device, arrange=arrange) if c.beta else None
     return tokenizer, model, reference and reference.requires_grad_(False)
 
