@@ -49,10 +49,11 @@ def adapter_off(model: Transformer):
 def save_adapter(folder: Path, model: Transformer, base: Path) -> None:
     """Writes the adapter alone in PEFT's layout, for the model in the folder `base`. Rank 0 writes."""
     layer = model.model.layers[0].self_attn.q_proj
+    r = layer.lora_A.out_features
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base.resolve()),
-              "r": layer.lora_A.out_features, "lora_alpha": layer.lora_scale * layer.lora_A.out_features,
-              "target_modules": [*PROJECTIONS], "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
-              "use_rslora": False, "inference_mode": True}
+              "r": r, "lora_alpha": round(layer.lora_scale * r), "target_modules": [*PROJECTIONS],
+              "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "use_rslora": False,
+              "inference_mode": True}
     with atomic_folder(folder) as temporary:
         tensors = {f"base_model.model.{name}": p for name, p in tuned(model).items()}
         write_tensors({temporary / "adapter_model.safetensors": tensors})
