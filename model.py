@@ -29,14 +29,16 @@ INIT_STD = 0.05  # of a model from scratch, which is always the embedded world's
 
 
 class Linear(nn.Linear):
-    """fp32 master weight, cast to the activation's type in forward."""
+    """fp32 master weight, cast to the activation's type in forward. lora.py adds adapters."""
     cast: Tensor | None = None  # copies in the compute type, see Transformer.cast_once
     bias_cast: Tensor | None = None
+    lora_scale = 0.0  # 0: no adapter, or one that is off
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to(x.dtype) if self.cast is None else self.cast
         bias = self.bias if self.bias_cast is None else self.bias_cast
-        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        out = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        return out + self.lora_B(self.lora_A(x) * self.lora_scale) if self.lora_scale else out
 
 
 class RMSNorm(nn.Module):
@@ -276,11 +278,19 @@ class Transformer(nn.Module):
         for name, target in targets.items():
             copy_weight(files[name], name, target)
 
+    def merged(self, name: str, weight: Tensor) -> Tensor:
+        """The weight of this name, with its adapter merged in if it has one."""
+        layer = self.get_submodule(name.rpartition(".")[0])
+        if name.endswith("bias") or not getattr(layer, "lora_scale", 0.0):
+            return weight
+        return weight.float() + layer.lora_scale * layer.lora_B.weight @ layer.lora_A.weight
+
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes config.json, generation_config.json and model.safetensors (fp32) as transformers does. Every
-        rank calls if the model is sharded; rank 0 writes."""
+        """Writes config.json, generation_config.json and model.safetensors (fp32, adapters merged) as
+        transformers does. Every rank calls if the model is sharded; rank 0 writes."""
         folder = Path(folder)
-        write_tensors({folder / "model.safetensors": dict(self.named_parameters())})
+        weights = {name: p for name, p in self.named_parameters() if ".lora_" not in name}
+        write_tensors({folder / "model.safetensors": weights}, self.merged)
         raw = {k: v for k, v in self.config.raw.items() if k != "torch_dtype"} | {"dtype": "float32"}
         for name, content in (("config.json", raw), ("generation_config.json", self.generation)):
             if content and rank_and_world()[0] == 0:

@@ -45,6 +45,7 @@ from lib.checkpoint import on_all_ranks, on_rank_0
 from lib.data import InputError
 from lib.parallel import all_gather, all_max, all_sum, rank_and_world, unsharded
 from lib.tokenizer import Tokenizer
+from lora import adapter_off, save_adapter
 from model import Transformer
 from rewards import MALFORMED, Scores, score, thought_pay
 from rollout import Rollouts, encode_prompt, sample
@@ -117,6 +118,8 @@ class Config:
     tokens_per_micro_batch: int = knob(8192, "padded tokens of one backward pass: memory only", low=1)
     checkpoint_activations: str = knob("no", "run blocks again in the backward pass: less memory, more time",
                                        ("yes", "no"))
+    lora_rank: int = knob(0, "train a LoRA adapter of this rank on all projections; 0: all weights", low=0)
+    lora_alpha: int = knob(0, "the adapter is scaled by alpha / rank; 0: alpha is twice the rank", low=0)
     # Run
     eval_prompts: int = knob(200, "held-out requests of each class, before and after; 0: none", low=0)
     save_every: int = knob(75, "steps between checkpoints; a signal and the end write one too", low=1)
@@ -234,7 +237,7 @@ def accumulate(model: Transformer, reference: Transformer | None, rollouts: Roll
         logprob, entropy = token_logprobs(model, batch, c.temperature)
         ref = None
         if reference is not None:
-            with torch.no_grad():
+            with torch.no_grad(), adapter_off(reference):
                 ref, _ = token_logprobs(reference, batch, c.temperature)
         loss, kl, clipped = policy_loss(logprob, ref, batch, counts, c)
         loss.backward()
@@ -365,6 +368,7 @@ def train(c: Config, run: Path) -> None:
             raise checkpoint.Stopped
 
     if not exported:
+        on_all_ranks(lambda: c.lora_rank and save_adapter(run / "adapter", model, run / "start"))
         on_all_ranks(lambda: checkpoint.export(run / "model", model, tokenizer))
     evaluate.run_stage("after", run, model, tokenizer, judge, requests, c)
     if rank_and_world()[0] == 0 and requests:
@@ -390,6 +394,11 @@ def parse(arguments: list[str]) -> Config:
         raise InputError("--plan needs --prompts: the embedded world runs on any machine")
     if c.label and not c.prompts:
         raise InputError("--label needs --prompts: it labels the prompts of a file")
+    if c.lora_alpha and not c.lora_rank:
+        raise InputError("--lora-alpha needs --lora-rank: without an adapter there is nothing to scale")
+    if c.lora_rank and c.shard == "yes":
+        raise InputError("--lora-rank does not go with --shard yes: sampling gathers frozen weights anyway")
+    c.lora_alpha = c.lora_alpha or 2 * c.lora_rank
     if c.reward_model and not c.prompts:
         raise InputError("--reward-model does not apply to the embedded world, whose verifier judges help")
     return c

@@ -22,6 +22,7 @@ from lib import checkpoint, plan
 from lib.data import InputError, Prompt, as_json, describe, expect, load_prompts
 from lib.parallel import rank_and_world, shard, wants_shards
 from lib.tokenizer import Tokenizer
+from lora import add_adapter
 from model import Transformer, add_end_of_turn, read_configs
 from rewards import PROBE_TOKENS
 from rollout import CLOSE, OPEN, check_length, encode_prompt
@@ -108,18 +109,23 @@ def load_tokenizer(c, folder) -> Tokenizer:
 
 def load_start(c, start: Path, device: str) -> tuple[Tokenizer, Transformer, Transformer | None]:
     """Tokenizer, model and frozen reference. Bytes a parameter in bf16: 16 with its gradient and AdamW's
-    moments, 2 in the reference, 2 in the copy that samples."""
+    moments, 2 in the reference, 2 in the copy that samples. With LoRA 2 in all: the reference is the model
+    without its adapter. Frozen weights are held in the compute type, to which layers cast them anyway."""
     def arrange(model: Transformer) -> None:
         size = sum(p.numel() for p in model.parameters())
-        if wants_shards(c.shard, size, 20 if c.beta else 18, device):
+        if not c.lora_rank and wants_shards(c.shard, size, 20 if c.beta else 18, device):
             shard(model, device)
-    tokenizer = load_tokenizer(c, start)
-    model = Transformer.from_pretrained(start, device, arrange=arrange)
+    tokenizer, frozen = load_tokenizer(c, start), {}
+    if c.lora_rank:
+        frozen = dict(masters=False, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
+    model = Transformer.from_pretrained(start, device, arrange=arrange, **frozen)
     model.checkpoint_activations = c.checkpoint_activations == "yes"
     add_end_of_turn(model, tokenizer)
+    if c.lora_rank:
+        add_adapter(model, c.lora_rank, c.lora_alpha, c.seed)
+        return tokenizer, model, model if c.beta else None
     if not c.beta:
         return tokenizer, model, None
-    # Every layer casts its weights to the compute type anyway, so the reference needs no fp32 masters.
     reference = Transformer.from_pretrained(start, device, model.compute_dtype, arrange, masters=False)
     return tokenizer, model, reference.requires_grad_(False)
 

@@ -6,8 +6,9 @@
     bad_steps.jsonl   rollouts of steps whose loss or gradient was not finite
     transcripts.jsonl some rollouts, segment by segment
     eval.jsonl        one row a stage, attack and class
-    start/ model/     Hugging Face folders, before and after
-    checkpoint/N/     weights and optimizer state after N steps; only the newest is kept
+    start/ model/     Hugging Face folders, before and after; an adapter is merged
+    adapter/          the adapter alone, as PEFT stores it (--lora-rank)
+    checkpoint/N/     trained weights and optimizer state after N steps; only the newest is kept
     warm/             the same while the start model is trained
 
 Every random number is a function of counters (seed, step, prompt, rollout, position), so the step is the only
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lib.data import InputError, as_json, read_text
-from lib.parallel import all_gather, all_sum, local_rows, patient_group, rank_and_world, write_tensors
+from lib.parallel import all_gather, all_sum, local_rows, patient_group, rank_and_world, tuned, write_tensors
 
 LOGS = ("metrics.jsonl", "transcripts.jsonl", "bad_steps.jsonl")  # truncated when a run continues
 NOT_COMPARED = ("resume", "out", "device", "shard")  # may change when a run continues
@@ -265,9 +266,9 @@ def latest(run: Path) -> Path | None:
 
 def save(run: Path, step: int, model: nn.Module, optimizer: torch.optim.AdamW,
          scale: Tensor | None = None) -> None:
-    """Writes checkpoint/<step>/ with the running scale of the judge, then deletes older ones. Every rank
-    calls if the model is sharded; rank 0 writes."""
-    names = {p: name for name, p in model.named_parameters()}
+    """Writes checkpoint/<step>/ with the running scale of the judge, then deletes older ones. Frozen weights
+    are left out. Every rank calls if the model is sharded; rank 0 writes."""
+    names = {p: name for name, p in tuned(model).items()}
     moments = {f"{names[p]}.{key}": value for p, state in optimizer.state.items()
                for key, value in state.items() if key != "step"}
     updates = {int(state["step"]) for state in optimizer.state.values()}
@@ -304,7 +305,7 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW, scale: Te
             scale.copy_(torch.tensor(state["scale"], dtype=scale.dtype))
         with (safe_open(folder / "weights.safetensors", "pt") as weights,
               safe_open(folder / "optimizer.safetensors", "pt") as moments):
-            for name, p in model.named_parameters():
+            for name, p in tuned(model).items():
                 fill(p, weights, name)
                 if state["updates"]:
                     optimizer.state[p] = {"step": torch.tensor(float(state["updates"]))} | {

@@ -174,14 +174,20 @@ def means_over_ranks(sums: dict[str, tuple[float, float]]) -> dict[str, float | 
     return {name: s / n if n else None for name, (s, n) in zip(sums, table.tolist())}
 
 
+def tuned(model: nn.Module) -> dict[str, nn.Parameter]:
+    """{name: parameter} of what training changes: all, or an adapter's."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def sum_gradients(model: nn.Module) -> float:
     """Sums the gradients over ranks (they carry the global denominators). -> their norm."""
-    for p in model.parameters():
+    parameters = tuned(model).values()
+    for p in parameters:
         if p.grad is None:  # a rank without a rollout still takes part in the sum
             p.grad = torch.zeros_like(p)
         if not is_sharded(p):  # FSDP has summed sharded ones in the backward pass
             all_sum(p.grad)
-    return gather_full(nn.utils.get_total_norm([p.grad for p in model.parameters()])).item()
+    return gather_full(nn.utils.get_total_norm([p.grad for p in parameters])).item()
 
 
 # ---- sharded parameters ----------------------------------------------------------------------------------
@@ -271,10 +277,10 @@ def local_rows(x: Tensor) -> tuple[Tensor, int]:
     return x.to_local(), min(len(x), rank * math.ceil(len(x) / world))
 
 
-def write_tensors(files: dict[Path, dict[str, Tensor]]) -> None:
+def write_tensors(files: dict[Path, dict[str, Tensor]], change=lambda name, x: x) -> None:
     """Writes safetensors files of fp32 tensors: 8 bytes of length, a JSON header, the numbers. Sharded
-    tensors are gathered one at a time; every rank calls, rank 0 writes. OSError is raised only at the end,
-    since the other ranks cannot stop gathering halfway."""
+    tensors are gathered, and changed, one at a time; every rank calls, rank 0 writes. OSError is raised only
+    at the end, since the other ranks cannot stop gathering halfway."""
     rank, failed = rank_and_world()[0], []
 
     def put(file: Path, data, mode: str) -> None:
@@ -294,7 +300,7 @@ def write_tensors(files: dict[Path, dict[str, Tensor]]) -> None:
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)  # aligns the numbers to 8 bytes
         put(file, len(text).to_bytes(8, "little") + text, "wb")
-        for x in tensors.values():
-            put(file, gather_full(x.detach()).float().contiguous().cpu().numpy().data, "ab")
+        for name, x in tensors.items():
+            put(file, gather_full(change(name, x).detach()).float().contiguous().cpu().numpy().data, "ab")
     if failed:
         raise failed[0]

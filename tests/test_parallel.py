@@ -280,6 +280,19 @@ def test_a_run_is_the_same_on_any_number_of_ranks(alone, start, tmp_path, before
     same_run(alone, out)
 
 
+def test_an_adapter_is_the_same_on_one_rank_and_on_two(start, tmp_path):
+    """Two ranks stop, and one resumes."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    lora = ("--lora-rank", "4", "--learning-rate", "0.001")
+    assert sear.main([str(f) for f in flags_for(start, one, *lora)]) == 0
+    ended = launch(tmp_path / "a", 2, flags_for(start, two, *lora), StopAfter(3))
+    assert all(code == 0 for code, _ in ended.values()), ended
+    assert sear.main(["--resume", str(two)]) == 0
+    same_run(one, two)
+    a, b = (load_file(run / "adapter/adapter_model.safetensors") for run in (one, two))
+    assert len(a) > 20 and a.keys() == b.keys() and all(close(a[k], b[k], 1e-6) for k in a)
+
+
 def test_torchrun_restarts_a_killed_rank_and_the_run_has_the_same_bits(start, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     ended = launch(tmp_path / "log", 2, flags_for(start, whole))

@@ -34,7 +34,7 @@ PAGES = {"README.md": README} | {f"docs/{p.name}": p.read_text() for p in sorted
 ENVIRONMENT = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
 SHORT = "--steps 2 --prompts-per-step 2 --group-size 2 --eval-prompts 1 --max-new-tokens 12".split()
 # Imports point to the left.
-ORDER = "lib attention model rollout batches alchemy judges rewards evaluate warmstart sear".split()
+ORDER = "lib attention model lora rollout batches alchemy judges rewards evaluate warmstart sear".split()
 LAYER = {name: i for i, name in enumerate(ORDER)} | {"kernels": 0}
 SOURCES = [p for p in sorted(ROOT.rglob("*.py"))
            if not any(part in ("tests", "runs") or part[0] == "." for part in p.relative_to(ROOT).parts)]
@@ -112,6 +112,7 @@ READING_ORDER = {
     "batches.py": "rollouts packed for the learner",
     "model.py": "Llama, Qwen2, Qwen3, Mistral",
     "attention.py": "KV cache, packed rows, masks, rotary",
+    "lora.py": "low-rank adapters",
     "evaluate.py": "attacks, rates, tables, pictures",
     "warmstart.py": "what RL begins from",
     "alchemy/": "the embedded world",

@@ -505,6 +505,9 @@ def test_every_knob_has_a_sentence_and_a_reader():
     ("--judge rules", "--judge rules cannot judge the embedded world"),
     ("--model m --prompts p.csv --judge alchemy", "--judge alchemy cannot judge p.csv; expected rules"),
     ("--reward-model r", "--reward-model does not apply to the embedded world"),
+    ("--lora-rank -1", "--lora-rank must be a number, at least 0, got -1"),
+    ("--lora-alpha 8", "--lora-alpha needs --lora-rank"),
+    ("--lora-rank 8 --shard yes", "--lora-rank does not go with --shard yes"),
     ("--resume nowhere", "nowhere/config.json"),
     ("--step 3", "unrecognized arguments: --step 3"),
 ])
@@ -519,6 +522,7 @@ def test_defaults_of_the_world_and_of_checkpoints():
     assert (c.out, c.max_new_tokens, c.potential) == ("runs/sear-seed1", 72, "text")
     assert sear.parse(["--chain", "12"]).max_new_tokens == 121
     assert (c.device, c.checkpoint_activations) == ("cpu", "no")  # even where there is a GPU
+    assert (c.lora_rank, c.lora_alpha) == (0, 0) and sear.parse(["--lora-rank", "16"]).lora_alpha == 32
     assert sear.parse(["--objective", "probe"]).potential == "probe"
     real = sear.parse("--model m --prompts p.csv --beta 0.5".split())
     assert (real.device, real.checkpoint_activations) == ("auto", "yes")
