@@ -84,7 +84,7 @@ class Config:
     prompts: str = knob("", "prompt file (JSONL, XSTest, OR-Bench, ...); empty: the embedded world")
     label: str = knob("", "label of all prompts of a file that has none", ("", "harmful", "harmless"))
     template_args: str = knob("", 'variables for the chat template, as JSON: {"enable_thinking": true}')
-    judge: str = knob("alchemy", "alchemy (the world's verifier), rules, a guard's folder or a judge file")
+    judge: str = knob("alchemy", "alchemy (the world's), rules, a guard, a judge file or file.py:function")
     reward_model: str = knob("", "folder of a reward model for helpfulness; empty: 1 - refusal")
     out: str = knob("", "run folder; empty: runs/<objective>-seed<seed>")
     resume: str = knob("", "run folder to continue, to the same bits; auto: that of --out, if it exists")

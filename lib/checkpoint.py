@@ -20,6 +20,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
@@ -221,7 +222,8 @@ def open_run(folder: Path, config: dict, resume: bool) -> None:
 
 def fingerprints(config: dict) -> dict[str, str]:
     """{knob: fingerprint} of the files and folders that the config names."""
-    named = {k: Path(config[k]) for k in INPUTS if config.get(k) and config[k] not in NOT_FILES}
+    named = {k: Path(re.sub(r"\.py:\w*$", ".py", config[k])) for k in INPUTS
+             if config.get(k) and config[k] not in NOT_FILES}
     return {k: fingerprint(path) for k, path in named.items() if path.exists()}
 
 
