@@ -8,23 +8,14 @@ from helpers import FIXTURES
 
 import alchemy.world as alchemy
 import evaluate
-from evaluate import (
-    attack_text,
-    columns_of,
-    differences,
-    find,
-    interval,
-    rate,
-    rates,
-    read_runs,
-    requests,
-    table,
-)
+import tables
+from evaluate import attack_text, rate, rates, requests
 from lib import checkpoint
 from lib.data import InputError, load_prompts
 from model import Transformer
 from rollout import CLOSE
 from sear import Config
+from tables import columns_of, differences, find, interval, read_runs, table
 
 nan = math.nan
 
@@ -130,7 +121,7 @@ def fake_run(folder, objective, seed, refusal, n=100, **knobs):
     for stage, value in (("before", 0.5), ("after", refusal)):
         for attack in evaluate.ATTACKS:
             for name in alchemy.CLASSES:
-                harmful = name in evaluate.HARMFUL
+                harmful = name in tables.HARMFUL
                 rows.append({"stage": stage, "attack": attack, "class": name, "n": n, "answered": 1.0,
                              "refusal": value, "unsafe": 1 - value if harmful else None,
                              "helpful": None if harmful else 1 - value, "explored": value,

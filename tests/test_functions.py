@@ -113,7 +113,8 @@ def test_a_run_is_paid_by_a_function_and_refuses_a_changed_one(tmp_path, capsys)
     prompts.write_text("".join(json.dumps({"prompt": f"Tell me {n}", "label": label}) + "\n"
                                for n in "ab" for label in ("safe", "unsafe")))
     flags = ["--model", FIXTURES / "tiny-qwen2", "--prompts", prompts, "--judge", name, "--out", out,
-             "--steps", 2, "--prompts-per-step", 4, "--group-size", 2, "--max-new-tokens", 8, "--eval-prompts", 0]
+             "--steps", 2, "--prompts-per-step", 4, "--group-size", 2, "--max-new-tokens", 8,
+             "--eval-prompts", 0]
     assert sear.main([str(f) for f in flags]) == 0
     shown = checkpoint.rows(out / "transcripts.jsonl")
     first = next(t for t in shown if t["label"] == "harmful")["segments"][0]
