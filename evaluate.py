@@ -60,16 +60,19 @@ def held_out(prompt: Prompt) -> bool:
     return hashlib.sha256(prompt.prompt.encode()).digest()[0] % 10 == 0
 
 
-def requests(pool: list[Prompt], per_class: int, chain: int) -> list[Prompt]:
-    """Held-out requests, at most per_class of each class; the embedded world's if the pool is empty."""
-    if not pool:
-        return alchemy.requests(per_class * len(alchemy.CLASSES), 0, evaluation=True, length=chain)
-    kept = sorted(filter(held_out, pool), key=lambda p: hashlib.sha256(p.prompt.encode()).digest())
-    return [p for label in ("harmful", "harmless") for p in [q for q in kept if q.label == label][:per_class]]
+def requests(prompts: list[Prompt], c) -> list[Prompt]:
+    """At most eval_prompts of each class and file, chosen by hash; or the embedded world's."""
+    n = c.eval_prompts
+    if not c.prompts:
+        return alchemy.requests(n * len(alchemy.CLASSES), 0, evaluation=True, length=c.chain)
+    order = sorted(prompts, key=lambda p: hashlib.sha256(p.prompt.encode()).digest())
+    return [p for file in dict.fromkeys(p.file for p in prompts) for label in ("harmful", "harmless")
+            for p in [q for q in order if (q.file, q.label) == (file, label)][:n]]
 
 
-def classes_of(prompts: list[Prompt], embedded: bool) -> list[str]:
-    return [p.kind if embedded else p.label for p in prompts]
+def classes_of(prompts: list[Prompt], embedded: bool) -> list[tuple[str, str]]:
+    """(class, --eval-file or "") of each prompt."""
+    return [(p.kind if embedded else p.label, p.file) for p in prompts]
 
 
 def check_lengths(tokenizer: Tokenizer, prompts: list[Prompt], room: int, c) -> None:
@@ -188,9 +191,9 @@ def measure(model: Transformer, tokenizer: Tokenizer, judge: Judge, prompts: lis
             classes, lengths = classes_of(local, not c.prompts), rollouts.owners[0].sum(1).tolist()
             records = list(zip(classes, *verdict, potential, rollouts.closed.tolist(), lengths))
         records = all_gather(records)
-        for name in dict.fromkeys(classes_of(prompts, not c.prompts)):
-            result.append({"stage": stage, "attack": attack, "class": name} |
-                          rates(name, [r[1:] for r in records if r[0] == name]))
+        for name, file in dict.fromkeys(classes_of(prompts, not c.prompts)):
+            where = {"stage": stage, "attack": attack, "class": name} | ({"file": file} if file else {})
+            result.append(where | rates(name, [r[1:] for r in records if r[0] == (name, file)]))
     return result
 
 

@@ -83,6 +83,7 @@ class Config:
     model: str = knob("", "Hugging Face folder to start from; empty: a small start model is trained first")
     prompts: str = knob("", "prompt file (JSONL, XSTest, OR-Bench, ...); empty: the embedded world")
     label: str = knob("", "label of all prompts of a file that has none", ("", "harmful", "harmless"))
+    eval_file: str = knob("", "prompt files to evaluate on, between commas; empty: one in ten of --prompts")
     template_args: str = knob("", 'variables for the chat template, as JSON: {"enable_thinking": true}')
     judge: str = knob("alchemy", "alchemy (the world's), rules, a guard, a judge file or file.py:function")
     reward_model: str = knob("", "folder of a reward model for helpfulness; empty: 1 - refusal")
@@ -337,14 +338,12 @@ def train_step(c: Config, model, reference, optimizer, tokenizer, judge, pool, s
 def train(c: Config, run: Path) -> None:
     """The whole run: start model, evaluation, RL, evaluation. Continues from what the run folder holds."""
     checkpoint.same_on_all(asdict(c))
-    device, pool = on_all_ranks(lambda: (parallel.rank_device(c.device), read_inputs(c)))
-    judge = on_all_ranks(lambda: load_judge(c.judge, c.reward_model, device, pool))
+    device, (pool, requests) = on_all_ranks(lambda: (parallel.rank_device(c.device), read_inputs(c)))
+    judge = on_all_ranks(lambda: load_judge(c.judge, c.reward_model, device, pool + requests))
     on_rank_0(lambda: checkpoint.open_run(run, asdict(c), bool(c.resume)))
     on_rank_0(lambda: prepare_start(c, run, device), patient=True)
     tokenizer, model, reference = on_all_ranks(lambda: load_start(c, run / "start", device))
     tokenizer.now = checkpoint.read_environment(run)["time"]  # freeze the date that chat templates insert
-    requests = evaluate.requests(pool, c.eval_prompts, c.chain)
-    pool = [p for p in pool if not evaluate.held_out(p)]
     saved, exported = parallel.from_rank_0((checkpoint.latest(run), (run / "model").exists()))
     if judge.scale is not None and not saved:  # evaluation needs a scale: that of the first step's answers
         with unsharded(model):
@@ -395,6 +394,8 @@ def parse(arguments: list[str]) -> Config:
     c.max_new_tokens = c.max_new_tokens or 37 + 7 * c.chain
     if c.label and not c.prompts:
         raise InputError("--label needs --prompts: it labels the prompts of a file")
+    if c.eval_file and not (c.prompts and c.eval_prompts):
+        raise InputError("--eval-file needs --prompts to train on, and --eval-prompts above 0")
     if c.reward_model and not c.prompts:
         raise InputError("--reward-model does not apply to the embedded world, whose verifier judges help")
     return c

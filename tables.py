@@ -33,9 +33,20 @@ def interval(rate: float, n: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
 
 
+def group(row: dict) -> str:
+    """Class of a row, and its --eval-file if it has one."""
+    return ", ".join((row["class"], row["file"])) if "file" in row else row["class"]
+
+
+def groups(column: Column, classes: tuple) -> list[str]:
+    """Groups of these classes, in the order of the classes."""
+    rows = [row for seed in column.values() for row in seed]
+    return [*dict.fromkeys(group(row) for name in classes for row in rows if row["class"] == name)]
+
+
 def find(rows: list[dict], attack: str, name: str, key: str) -> tuple[float, int] | None:
-    """(rate, n) of one class under one attack, None without a rate. n: the rollouts that the rate is over."""
-    row = next((r for r in rows if r["attack"] == attack and r["class"] == name), None)
+    """(rate, n) of one group under one attack, None without a rate. n: the rollouts that the rate is over."""
+    row = next((r for r in rows if r["attack"] == attack and group(r) == name), None)
     if row is None or row[key] is None:
         return None
     share = {"answered": 1.0, "explored": 1.0, "flip": (row["explored"] or 0.0) * row["answered"]}
@@ -51,8 +62,9 @@ def table(columns: dict[str, Column]) -> str:
     """Markdown table. Seeds are the unit: mean [min, max] over seeds; of a single seed the rate and the ends
     of its 95 % interval over requests."""
     lines = ["| | class | " + " | ".join(columns) + " |", "|---|---|" + "---|" * len(columns)]
+    everything = dict(enumerate(rows for column in columns.values() for rows in column.values()))
     for title, attack, key, classes in LINES:
-        for name in classes:
+        for name in groups(everything, classes):
             cells = []
             for column in columns.values():
                 found = [f for f in (find(rows, attack, name, key) for rows in column.values()) if f]
@@ -70,8 +82,9 @@ def differences(columns: dict[str, Column]) -> str:
     for all columns, so the comparison is paired."""
     base, *others = (name for name in columns if name != "start")
     lines = [f"| less {base} | class | " + " | ".join(others) + " |", "|---|---|" + "---|" * len(others)]
+    everything = dict(enumerate(rows for column in columns.values() for rows in column.values()))
     for title, attack, key, classes in LINES:
-        for name in classes:
+        for name in groups(everything, classes):
             cells = []
             for other in others:
                 pairs = [[find(columns[c][seed], attack, name, key) for c in (other, base)]
@@ -152,7 +165,7 @@ def draw_pictures(runs: list[dict], folder: Path) -> list[Path]:
 
     def mean(run: dict, attack: str, classes: tuple, key: str) -> float | None:
         after = [r for r in run["rows"] if r["stage"] == "after"]
-        found = [f[0] for f in (find(after, attack, name, key) for name in classes) if f]
+        found = [f[0] for f in (find(after, attack, name, key) for name in groups({0: after}, classes)) if f]
         return sum(found) / len(found) if found else None
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), sharey=True)
     for axis, attack in zip(axes, ("none", "prefill", "hijack")):

@@ -16,7 +16,7 @@ import evaluate
 from alchemy.demonstrations import demonstrations, write_folder
 from kernels import segment_logprobs
 from lib import checkpoint
-from lib.data import InputError, Prompt, as_json, describe, expect, load_prompts
+from lib.data import InputError, Prompt, as_json, describe, expect, load_eval_files, load_prompts, without
 from lib.parallel import rank_and_world, shard, wants_shards
 from lib.tokenizer import Tokenizer
 from model import Transformer, add_end_of_turn
@@ -29,13 +29,30 @@ ATTEMPTS, FLUENT = 3, 0.8  # random starts tried; a start is fluent (0.99) or no
 
 # ---- the user's files ------------------------------------------------------------------------------------
 
-def read_inputs(c) -> list[Prompt]:
-    """Loads the prompts and checks every input, before a run folder exists. Raises InputError."""
-    pool = load_prompts(c.prompts, c.label) if c.prompts else []
-    if pool and all(map(evaluate.held_out, pool)):
+def read_prompts(c) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts to train on, and those to evaluate on: of other files, or one in ten. Raises InputError."""
+    pool, test = load_prompts(c.prompts, c.label), load_eval_files(c.eval_file)
+    lines = [describe(c.prompts, pool)]
+    if test:
+        train = without(pool, test)
+        lines += [describe(c.eval_file, test, "measured"),
+                  f"{len(pool) - len(train)} of {len(pool)} training prompts are in --eval-file too, but for "
+                  "case, white space and punctuation, and are left out of training"]
+    else:
+        test = [p for p in pool if evaluate.held_out(p)]
+        train = [p for p in pool if not evaluate.held_out(p)]
+        lines[0] += f"; {len(test)} held out"
+    if not train:
         raise InputError(f"{c.prompts}: all {len(pool)} prompts are held out for evaluation; add some")
-    if pool and rank_and_world()[0] == 0:
-        print(f"{describe(c.prompts, pool)}; {sum(map(evaluate.held_out, pool))} held out", file=sys.stderr)
+    if rank_and_world()[0] == 0:
+        print("\n".join(lines), file=sys.stderr)
+    return train, test
+
+
+def read_inputs(c) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts to train on ([]: the embedded world's) and the requests to evaluate. Checks every input,
+    before a run folder exists. Raises InputError."""
+    pool, test = read_prompts(c) if c.prompts else ([], [])
     with tempfile.TemporaryDirectory() as scratch:
         if not c.model:
             write_folder(Path(scratch), c.chain)
@@ -50,15 +67,15 @@ def read_inputs(c) -> list[Prompt]:
         raise InputError(f"{c.model} is not a causal language model to train: it has a score head, no "
                          "eos_token_id, or fewer embedding rows than its tokenizer has tokens")
     forced = len(tokenizer.encode(CLOSE + "\n\n", special=True)) + min(c.max_new_tokens, PROBE_TOKENS)
-    for p in pool or alchemy.requests(1, c.seed, length=c.chain):
+    for p in pool + test or alchemy.requests(1, c.seed, length=c.chain):
         tokens = encode_prompt(tokenizer, p.prompt, closed=True)
         check_length(room, len(tokens) + forced * (c.potential == "probe"), c.max_new_tokens,
                      f"prompt '{p.prompt:.40}'")
-    requests = evaluate.requests(pool, c.eval_prompts, c.chain)
+    requests = evaluate.requests(test, c)
     evaluate.check_lengths(tokenizer, requests if pool else requests[:1], room, c)
     if c.eval_prompts and not requests and rank_and_world()[0] == 0:
         print(f"{c.prompts}: too few prompts to hold one out, so nothing is evaluated", file=sys.stderr)
-    return pool
+    return pool, requests
 
 
 def step_prompts(c, pool: list[Prompt], step: int) -> list[Prompt]:

@@ -34,12 +34,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lib.data import InputError, as_json, read_text
+from lib.data import InputError, as_json, file_list, read_text
 from lib.parallel import all_gather, all_sum, local_rows, patient_group, rank_and_world, write_tensors
 
 LOGS = ("metrics.jsonl", "transcripts.jsonl", "bad_steps.jsonl")  # truncated when a run continues
 NOT_COMPARED = ("resume", "out", "device", "shard")  # may change when a run continues
-INPUTS = ("model", "prompts", "judge", "reward_model")  # knobs that may name a file or a folder
+INPUTS = ("model", "prompts", "eval_file", "judge", "reward_model")  # knobs that may name a file or a folder
 NOT_FILES = ("alchemy", "rules")  # built-in judges, even where a folder of that name exists
 EDGE = 1 << 20  # bytes of each end of a file that enter its fingerprint
 MAX_BAD_STEPS = 3  # steps without a finite loss and gradient that end a run
@@ -221,10 +221,12 @@ def open_run(folder: Path, config: dict, resume: bool) -> None:
 
 
 def fingerprints(config: dict) -> dict[str, str]:
-    """{knob: fingerprint} of the files and folders that the config names."""
-    named = {k: Path(re.sub(r"\.py:\w*$", ".py", config[k])) for k in INPUTS
+    """{knob: fingerprints} of the files and folders that the config names."""
+    named = {k: [Path(re.sub(r"\.py:\w*$", ".py", config[k]))] for k in INPUTS
              if config.get(k) and config[k] not in NOT_FILES}
-    return {k: fingerprint(path) for k, path in named.items() if path.exists()}
+    named |= {"eval_file": file_list(config.get("eval_file", ""))}
+    named = {k: list(filter(Path.exists, paths)) for k, paths in named.items()}
+    return {k: " ".join(map(fingerprint, paths)) for k, paths in named.items() if paths}
 
 
 def fingerprint(path: Path) -> str:

@@ -97,18 +97,19 @@ def test_a_model_without_thought_is_attacked_through_one(world):
 
 def test_about_one_prompt_in_ten_of_a_file_is_held_out():
     everything = load_prompts(FIXTURES / "prompts_xstest.csv")
-    chosen = requests(everything, 10, 5)
+    held = [p for p in everything if evaluate.held_out(p)]
+    chosen = requests(held, Config(prompts="xstest.csv", eval_prompts=10))
     assert 10 < len(chosen) <= 20 and all(evaluate.held_out(p) for p in chosen)
     assert {p.label for p in chosen} == {"harmful", "harmless"}
     assert len(everything) / 20 < sum(evaluate.held_out(p) for p in everything) < len(everything) / 5
-    assert [p.kind for p in requests([], 2, 5)] == list(alchemy.CLASSES) * 2
+    assert [p.kind for p in requests([], Config(eval_prompts=2))] == list(alchemy.CLASSES) * 2
 
 
 def test_a_signal_stops_the_evaluation(start, world, monkeypatch):
     monkeypatch.setattr(checkpoint, "STOP", [checkpoint.SIGTERM])
     model, tokenizer = Transformer.from_pretrained(start), world[1]
     with pytest.raises(checkpoint.Stopped):
-        evaluate.measure(model, tokenizer, None, requests([], 1, 5), Config(), "after")
+        evaluate.measure(model, tokenizer, None, requests([], Config(eval_prompts=1)), Config(), "after")
 
 
 # ---- tables and pictures ---------------------------------------------------------------------------------
