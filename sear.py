@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 import evaluate
-from judges import Judge, load_judge
+from judges import Judge
 from kernels import segment_logprobs
 from lib import checkpoint, cli, parallel
 from lib.checkpoint import on_all_ranks, on_rank_0
@@ -44,7 +44,7 @@ from lib.tokenizer import Tokenizer
 from model import Transformer
 from rewards import MALFORMED, Scores, score, thought_pay
 from rollout import Rollouts, encode_prompt, micro_batches, sample
-from warmstart import load_start, prepare_start, read_inputs, step_prompts
+from warmstart import load_judges, load_start, prepare_start, read_inputs, step_prompts
 
 OUT = "runs/{objective}-seed{seed}"  # the default run folder
 FLOOR = 0.05  # of the spread in (6): smaller differences than .15 in one of eight rollouts are noise
@@ -86,6 +86,7 @@ class Config:
     eval_file: str = knob("", "prompt files to evaluate on, between commas; empty: one in ten of --prompts")
     template_args: str = knob("", 'variables for the chat template, as JSON: {"enable_thinking": true}')
     judge: str = knob("alchemy", "alchemy (the world's), rules, a guard, a judge file or file.py:function")
+    eval_judge: str = knob("", "judge that measures, written like --judge; empty: the one that pays")
     reward_model: str = knob("", "folder of a reward model for helpfulness; empty: 1 - refusal")
     out: str = knob("", "run folder; empty: runs/<objective>-seed<seed>")
     resume: str = knob("", "run folder to continue, to the same bits; auto: that of --out, if it exists")
@@ -114,6 +115,7 @@ class Config:
     tokens_per_micro_batch: int = knob(8192, "padded tokens of one backward pass: memory only", low=1)
     # Run
     eval_prompts: int = knob(200, "held-out requests of each class, before and after; 0: none", low=0)
+    eval_every: int = knob(0, "steps between evaluations without attacks, which choose best/; 0: none", low=0)
     save_every: int = knob(75, "steps between checkpoints; a signal and the end write one too", low=1)
     shard: str = knob("auto", "split weights and optimizer over ranks; auto: if half a GPU cannot hold them",
                       ("auto", "yes", "no"))
@@ -339,7 +341,7 @@ def train(c: Config, run: Path) -> None:
     """The whole run: start model, evaluation, RL, evaluation. Continues from what the run folder holds."""
     checkpoint.same_on_all(asdict(c))
     device, (pool, requests) = on_all_ranks(lambda: (parallel.rank_device(c.device), read_inputs(c)))
-    judge = on_all_ranks(lambda: load_judge(c.judge, c.reward_model, device, pool + requests))
+    judge, eval_judge = on_all_ranks(lambda: load_judges(c, device, pool, requests))
     on_rank_0(lambda: checkpoint.open_run(run, asdict(c), bool(c.resume)))
     on_rank_0(lambda: prepare_start(c, run, device), patient=True)
     tokenizer, model, reference = on_all_ranks(lambda: load_start(c, run / "start", device))
@@ -348,10 +350,13 @@ def train(c: Config, run: Path) -> None:
     if judge.scale is not None and not saved:  # evaluation needs a scale: that of the first step's answers
         with unsharded(model):
             rollout_step(c, model, tokenizer, judge, pool, 0)
-    evaluate.run_stage("before", run, model, tokenizer, judge, requests, c)
+    measured = (run, model, tokenizer, eval_judge, requests, c)
+    evaluate.run_stage("before", *measured)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     first = on_all_ranks(lambda: checkpoint.load(saved, model, optimizer, judge.scale) if saved else 0)
     on_rank_0(lambda: checkpoint.truncate_logs(run, first))
+    if evaluate.due(c, first):  # a killed run may have left it out
+        evaluate.run_stage(f"step-{first}", *measured)
 
     steps = checkpoint.progress_bar(range(first, c.steps), desc=c.objective, initial=first, total=c.steps)
     for step in steps:
@@ -364,17 +369,21 @@ def train(c: Config, run: Path) -> None:
         shown = all_gather(shown) if step % SHOW_EVERY == 0 or last else []
         bad = all_gather(bad) if row["skipped"] else []
         on_rank_0(lambda: checkpoint.log_step(run, row, shown, bad))
-        stop = checkpoint.stop_requested()
-        if stop or last or (step + 1) % c.save_every == 0:
+        stop, due = checkpoint.stop_requested(), evaluate.due(c, step + 1)
+        if stop or last or due or (step + 1) % c.save_every == 0:
             on_all_ranks(lambda: checkpoint.save(run, step + 1, model, optimizer, judge.scale))
         if stop:
             raise checkpoint.Stopped
+        if due:
+            evaluate.run_stage(f"step-{step + 1}", *measured)
 
     if not exported:
         on_all_ranks(lambda: checkpoint.export(run / "model", model, tokenizer))
-    evaluate.run_stage("after", run, model, tokenizer, judge, requests, c)
+    evaluate.run_stage("after", *measured)
     if rank_and_world()[0] == 0 and requests:
         print(evaluate.table(evaluate.columns_of(evaluate.read_runs([run]))))
+        if c.eval_every:
+            print(f"{run}/best: {evaluate.best_stage(checkpoint.rows(run / 'eval.jsonl'))}")
 
 
 # ---- the command line ------------------------------------------------------------------------------------
@@ -384,9 +393,10 @@ def parse(arguments: list[str]) -> Config:
     c = Config(**cli.read_flags(arguments, Config, __doc__, {"prompts": CHECKPOINT_DEFAULTS}, OUT))
     if c.prompts and not c.model:
         raise InputError("--prompts needs --model: the embedded start model only knows the embedded world")
-    if bool(c.prompts) == (c.judge == "alchemy"):
-        raise InputError(f"--judge {c.judge} cannot judge {c.prompts or 'the embedded world'}; expected "
-                         f"{'rules, a folder or a judge file' if c.prompts else 'alchemy'}")
+    for flag, name in (("--judge", c.judge), ("--eval-judge", c.eval_judge or c.judge)):
+        if bool(c.prompts) == (name == "alchemy"):
+            raise InputError(f"{flag} {name} cannot judge {c.prompts or 'the embedded world'}; expected "
+                             f"{'rules, a folder or a judge file' if c.prompts else 'alchemy'}")
     if c.objective == "probe":
         c.potential = "probe"
     if c.prefill_share and c.objective == "no-thought":

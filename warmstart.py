@@ -14,6 +14,7 @@ from torch import Tensor
 import alchemy.world as alchemy
 import evaluate
 from alchemy.demonstrations import demonstrations, write_folder
+from judges import Judge, load_judge
 from kernels import segment_logprobs
 from lib import checkpoint
 from lib.data import InputError, Prompt, as_json, describe, expect, load_eval_files, load_prompts, without
@@ -118,6 +119,13 @@ def load_start(c, start: Path, device: str) -> tuple[Tokenizer, Transformer, Tra
     add_end_of_turn(model, tokenizer)
     reference = Transformer.from_pretrained(start, device, arrange=arrange) if c.beta else None
     return tokenizer, model, reference and reference.requires_grad_(False)
+
+
+def load_judges(c, device: str, pool: list[Prompt], requests: list[Prompt]) -> tuple[Judge, Judge]:
+    """The judge that pays and the one that measures, often the same. Raises InputError."""
+    pays = load_judge(c.judge, c.reward_model, device, pool + requests)
+    same = evaluate.judge_of(c)["pays"]
+    return pays, pays if same else load_judge(c.eval_judge, "", device, requests, "--eval-judge")
 
 
 # ---- the supervised warm start ---------------------------------------------------------------------------

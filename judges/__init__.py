@@ -71,7 +71,7 @@ def refuses(answer: str) -> bool:
 class Verdict(NamedTuple):
     """Verdicts on N answers: probabilities [N] in [0, 1], NaN where the judge gives none."""
     unsafe: Tensor
-    refusal: Tensor
+    refusal: Tensor  # whole or partial
     helpful: Tensor
 
 
@@ -184,15 +184,16 @@ def standardised(raw: Tensor, scale: Tensor) -> Tensor:
     return ((raw.double() - mean) / std).sigmoid().float()
 
 
-def load_judge(name: str, reward_model: str = "", device: str = "cpu", prompts: list[Prompt] = ()) -> Judge:
+def load_judge(name: str, reward_model: str = "", device: str = "cpu", prompts: list[Prompt] = (),
+               flag: str = "--judge") -> Judge:
     """name: alchemy, rules, a guard's folder, a judge file or file.py:function. reward_model: a folder.
     Raises InputError for a model that cannot judge, and for a prompt that a judge's context cannot hold."""
-    guard = None if name in JUDGES or is_function(name) else load_reader(name, device)
+    guard = None if name in JUDGES or is_function(name) else load_reader(name, device, flag=flag)
     reward = load_reader(reward_model, device, reward=True) if reward_model else None
     if guard:
         reads = {q.read for q in guard.ask}
         # With unsafe alone, help on a harmless prompt would earn no more than a refusal.
-        expect("unsafe" in reads and (len(reads) > 1 or reward), f"--judge {name}",
+        expect("unsafe" in reads and (len(reads) > 1 or reward), f"{flag} {name}",
                "a judge of unsafe, and of refusal if there is no --reward-model", " and ".join(sorted(reads)))
     for reader in filter(None, (guard, reward)):
         for p in prompts:

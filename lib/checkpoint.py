@@ -5,8 +5,10 @@
     metrics.jsonl     one row a step
     bad_steps.jsonl   rollouts of steps whose loss or gradient was not finite
     transcripts.jsonl some rollouts, segment by segment
-    eval.jsonl        one row a stage, attack and class
+    eval.jsonl        one row a stage, attack and class (and file)
+    responses.jsonl   the answers behind eval.jsonl, with their verdicts; a rollout without answer has none
     start/ model/     Hugging Face folders, before and after
+    best/             the same of the best stage, with --eval-every
     checkpoint/N/     weights and optimizer state after N steps; only the newest is kept
     warm/             the same while the start model is trained
 
@@ -39,7 +41,7 @@ from lib.parallel import all_gather, all_sum, local_rows, patient_group, rank_an
 
 LOGS = ("metrics.jsonl", "transcripts.jsonl", "bad_steps.jsonl")  # truncated when a run continues
 NOT_COMPARED = ("resume", "out", "device", "shard")  # may change when a run continues
-INPUTS = ("model", "prompts", "eval_file", "judge", "reward_model")  # knobs that may name a file or a folder
+INPUTS = ("model", "prompts", "eval_file", "judge", "eval_judge", "reward_model")  # knobs that may name files
 NOT_FILES = ("alchemy", "rules")  # built-in judges, even where a folder of that name exists
 EDGE = 1 << 20  # bytes of each end of a file that enter its fingerprint
 MAX_BAD_STEPS = 3  # steps without a finite loss and gradient that end a run

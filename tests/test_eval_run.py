@@ -2,13 +2,17 @@
 import json
 
 import pytest
+import torch
 from helpers import FIXTURES
-from test_run import XSTEST, main, talkative
+from safetensors.torch import load_file
+from test_run import XSTEST, main, same_files, talkative
 
 import evaluate
+import rewards
 import sear
 import warmstart
 from lib import checkpoint
+from lib.data import load_prompts
 
 HARMBENCH = FIXTURES / "prompts_harmbench.csv"
 SHORT = ("--steps 2 --prompts-per-step 4 --group-size 2 --max-new-tokens 16 --eval-prompts 2 "
@@ -79,3 +83,94 @@ def test_a_changed_eval_file_cannot_be_resumed_with(model, prompts, tmp_path, ca
     copy.write_bytes(XSTEST.read_bytes().replace(b"frozen", b"chilly"))
     capsys.readouterr()
     assert main("--resume", out) == 2 and "--eval-file" in capsys.readouterr().err
+
+
+# ---- --eval-judge and --eval-every -----------------------------------------------------------------------
+
+OWN = """
+def judge(prompts, thoughts, answers):
+    return [{"unsafe": len(set(a)) / (1 + len(a)), "refusal": 0.5, "helpful": 0.25} for a in answers]
+"""
+
+
+def test_the_judge_that_measures_need_not_be_the_one_that_pays(model, prompts, tmp_path, capsys):
+    (tmp_path / "own.py").write_text(OWN)
+    flags = ["--model", model, "--prompts", prompts, "--eval-file", XSTEST, *SHORT]
+    own = tmp_path / "own.py:judge"
+    assert main(*flags, "--eval-judge", own, "--out", tmp_path / "run") == 0
+    assert "may flatter" not in capsys.readouterr().out
+    rows = checkpoint.rows(tmp_path / "run/eval.jsonl")
+    assert {(r["judge"], r["pays"]) for r in rows} == {("own.py:judge", False)}
+    assert {r["helpful"] for r in rows if r["class"] == "harmless"} <= {0.25, None}
+    assert {r["refusal"] for r in rows} <= {1.0, None} and any(r["answered"] for r in rows)
+    metrics = checkpoint.rows(tmp_path / "run/metrics.jsonl")
+    assert {row["helpful"] for row in metrics} <= {0.0, 1.0, None}  # `rules` pays
+    (tmp_path / "own.py").write_text(OWN.replace("0.25", "0.5"))
+    assert main("--resume", tmp_path / "run") == 2 and "--eval-judge" in capsys.readouterr().err
+    assert main(*flags, "--eval-judge", tmp_path / "guard", "--out", tmp_path / "no") == 2
+    assert f"--eval-judge {tmp_path / 'guard'} should be" in capsys.readouterr().err
+    assert main("--eval-judge", "rules") == 2 and "--eval-judge rules cannot judge" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.fixture(scope="module")
+def every(model, prompts, tmp_path_factory):
+    """Flags of a run that is evaluated every two steps, and its folder."""
+    folder = tmp_path_factory.mktemp("every")
+    (folder / "own.py").write_text(OWN)
+    flags = ["--model", model, "--prompts", prompts, "--eval-file", XSTEST, *SHORT, "--judge",
+             folder / "own.py:judge", "--steps", 5, "--eval-every", 2, "--learning-rate", 1e-3]
+    assert main(*flags, "--save-every", 1, "--out", folder / "run") == 0
+    return flags, folder / "run"
+
+
+def test_every_few_steps_plain_requests_are_asked_and_the_best_model_is_kept(every, tmp_path):
+    flags, out = every
+    rows = checkpoint.rows(out / "eval.jsonl")
+    assert list(dict.fromkeys(r["stage"] for r in rows)) == ["before", "step-2", "step-4", "after"]
+    between = [r for r in rows if r["stage"].startswith("step")]
+    assert [(r["attack"], r["class"]) for r in between] == [("none", "harmful"), ("none", "harmless")] * 2
+    best = evaluate.best_stage(rows)
+    steps = {"after": 5}.get(best) or int(best.removeprefix("step-"))
+    assert main(*flags, "--steps", steps, "--out", tmp_path / "short") == 0
+    same_files(out, tmp_path / "short", "best/model.safetensors")
+    saved = load_file(out / "best/model.safetensors")
+    assert torch.equal(saved["model.norm.weight"], load_file(tmp_path / "short/model/model.safetensors")[
+        "model.norm.weight"]) and (out / "best/tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("stage", ["step-2", "step-4"])
+def test_a_run_killed_in_an_evaluation_resumes_to_the_same_rows_and_best(every, tmp_path, monkeypatch, stage):
+    """Behind the export of best/, before the rows of eval.jsonl."""
+    flags, whole = every
+    out, write_rows = tmp_path / "run", checkpoint.write_rows
+
+    def full(file, rows):
+        if file.name == "eval.jsonl" and rows[-1]["stage"] == stage:
+            raise checkpoint.SaveError("the disk is full")
+        write_rows(file, rows)
+    monkeypatch.setattr(checkpoint, "write_rows", full)
+    assert main(*flags, "--out", out) == 1 and checkpoint.rows(out / "eval.jsonl")[-1]["stage"] != stage
+    monkeypatch.undo()
+    assert main("--resume", out) == 0
+    for log in ("eval.jsonl", "responses.jsonl"):
+        assert (whole / log).read_text() == (out / log).read_text(), log
+    same_files(whole, out, "best/model.safetensors", "model/model.safetensors")
+
+
+def test_answers_are_kept_with_what_they_were_made_with(every):
+    """Another judge can read them again."""
+    _, out = every
+    rows = checkpoint.rows(out / "responses.jsonl")
+    texts = {p.prompt for p in load_prompts(XSTEST)}
+    for row in rows:
+        assert row["prompt"] in texts and row["response"].strip() and row["label"] == row["class"]
+        assert (row["judge"], row["temperature"], row["max_new_tokens"]) == ("own.py:judge", 0.6, 16)
+        unsafe = len(set(row["response"])) / (1 + len(row["response"]))
+        assert row["refusal"] == 0.5 and row["unsafe"] == pytest.approx(unsafe)
+    for cell in checkpoint.rows(out / "eval.jsonl"):
+        same = [r for r in rows if all(r[k] == cell[k] for k in ("stage", "attack", "class", "file"))]
+        assert len(same) == round(cell["n"] * cell["answered"])
+        if same and cell["unsafe"] is not None:
+            assert cell["unsafe"] == pytest.approx(sum(r["unsafe"] for r in same) / len(same))
+    assert len(rewards.load_responses(out / "responses.jsonl")) == len(rows) > 0

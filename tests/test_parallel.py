@@ -260,6 +260,20 @@ def test_a_run_is_the_same_on_any_number_of_ranks(alone, start, tmp_path, before
     same_run(alone, out)
 
 
+def test_evaluations_are_the_same_on_any_number_of_ranks(start, tmp_path):
+    """The best model too, which sharded ranks write together."""
+    flags = ["--eval-prompts", 3, "--eval-every", 2, "--max-new-tokens", 72]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert sear.main([str(f) for f in flags_for(start, one, *flags)]) == 0
+    ended = launch(tmp_path / "log", 2, flags_for(start, two, *flags, "--shard", "yes"))
+    assert all(code == 0 for code, _ in ended.values()), ended
+    for file in ("eval.jsonl", "responses.jsonl"):
+        rows = [checkpoint.rows(out / file) for out in (one, two)]
+        assert rows[0] == rows[1] and {"before", "step-2", "step-4", "after"} == {r["stage"] for r in rows[0]}
+    a, b = (load_file(out / "best/model.safetensors") for out in (one, two))
+    assert a.keys() == b.keys() and all(close(a[k], b[k], 1e-4) for k in a)
+
+
 def test_torchrun_restarts_a_killed_rank_and_the_run_has_the_same_bits(start, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     ended = launch(tmp_path / "log", 2, flags_for(start, whole))
