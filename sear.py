@@ -36,7 +36,7 @@ from torch import Tensor
 import evaluate
 from judges import Judge
 from kernels import segment_logprobs
-from lib import checkpoint, cli, parallel
+from lib import checkpoint, cli, parallel, watch
 from lib.checkpoint import on_all_ranks, on_rank_0
 from lib.data import InputError
 from lib.parallel import all_gather, all_max, all_sum, rank_and_world, unsharded
@@ -117,6 +117,7 @@ class Config:
     eval_prompts: int = knob(200, "held-out requests of each class, before and after; 0: none", low=0)
     eval_every: int = knob(0, "steps between evaluations without attacks, which choose best/; 0: none", low=0)
     save_every: int = knob(75, "steps between checkpoints; a signal and the end write one too", low=1)
+    log: str = knob("", "where else metrics.jsonl goes, if it is installed", ("", *watch.WATCHERS))
     shard: str = knob("auto", "split weights and optimizer over ranks; auto: if half a GPU cannot hold them",
                       ("auto", "yes", "no"))
 
@@ -358,6 +359,7 @@ def train(c: Config, run: Path) -> None:
     if evaluate.due(c, first):  # a killed run may have left it out
         evaluate.run_stage(f"step-{first}", *measured)
 
+    send = watch.watcher(c.log if rank_and_world()[0] == 0 else "", run, asdict(c), first)
     steps = checkpoint.progress_bar(range(first, c.steps), desc=c.objective, initial=first, total=c.steps)
     for step in steps:
         row, shown, bad = train_step(c, model, reference, optimizer, tokenizer, judge, pool, step)
@@ -368,7 +370,7 @@ def train(c: Config, run: Path) -> None:
         last = step == c.steps - 1
         shown = all_gather(shown) if step % SHOW_EVERY == 0 or last else []
         bad = all_gather(bad) if row["skipped"] else []
-        on_rank_0(lambda: checkpoint.log_step(run, row, shown, bad))
+        on_rank_0(lambda: (checkpoint.log_step(run, row, shown, bad), send(row)))
         stop, due = checkpoint.stop_requested(), evaluate.due(c, step + 1)
         if stop or last or due or (step + 1) % c.save_every == 0:
             on_all_ranks(lambda: checkpoint.save(run, step + 1, model, optimizer, judge.scale))

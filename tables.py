@@ -24,7 +24,7 @@ LINES = (("refuses harmful", "none", "refusal", HARMFUL),
          ("helps under mirror", "mirror", "helpful", HARMLESS),
          ("answered", "none", "answered", HARMFUL + HARMLESS))
 # Knobs that may differ between seeds of one experiment.
-SAME = ("seed", "out", "resume", "device", "shard", "model", "eval_every")
+SAME = ("seed", "out", "resume", "device", "shard", "model", "eval_every", "log")
 Column = dict[int, list[dict]]  # {seed: rows of eval.jsonl of one stage}
 
 

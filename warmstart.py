@@ -16,7 +16,7 @@ import evaluate
 from alchemy.demonstrations import demonstrations, write_folder
 from judges import Judge, load_judge
 from kernels import segment_logprobs
-from lib import checkpoint
+from lib import checkpoint, watch
 from lib.data import InputError, Prompt, as_json, describe, expect, load_eval_files, load_prompts, without
 from lib.parallel import rank_and_world, shard, wants_shards
 from lib.tokenizer import Tokenizer
@@ -53,6 +53,7 @@ def read_prompts(c) -> tuple[list[Prompt], list[Prompt]]:
 def read_inputs(c) -> tuple[list[Prompt], list[Prompt]]:
     """The prompts to train on ([]: the embedded world's) and the requests to evaluate. Checks every input,
     before a run folder exists. Raises InputError."""
+    watch.check_installed(c.log)
     pool, test = read_prompts(c) if c.prompts else ([], [])
     with tempfile.TemporaryDirectory() as scratch:
         if not c.model:

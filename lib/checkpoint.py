@@ -40,7 +40,7 @@ from lib.data import InputError, as_json, file_list, read_text
 from lib.parallel import all_gather, all_sum, local_rows, patient_group, rank_and_world, write_tensors
 
 LOGS = ("metrics.jsonl", "transcripts.jsonl", "bad_steps.jsonl")  # truncated when a run continues
-NOT_COMPARED = ("resume", "out", "device", "shard")  # may change when a run continues
+NOT_COMPARED = ("resume", "out", "device", "shard", "log")  # may change when a run continues
 INPUTS = ("model", "prompts", "eval_file", "judge", "eval_judge", "reward_model")  # knobs that may name files
 NOT_FILES = ("alchemy", "rules")  # built-in judges, even where a folder of that name exists
 EDGE = 1 << 20  # bytes of each end of a file that enter its fingerprint
