@@ -124,9 +124,10 @@ def load_start(c, start: Path, device: str) -> tuple[Tokenizer, Transformer, Tra
 
 def load_judges(c, device: str, pool: list[Prompt], requests: list[Prompt]) -> tuple[Judge, Judge]:
     """The judge that pays and the one that measures, often the same. Raises InputError."""
-    pays = load_judge(c.judge, c.reward_model, device, pool + requests)
-    same = evaluate.judge_of(c)["pays"]
-    return pays, pays if same else load_judge(c.eval_judge, "", device, requests, "--eval-judge")
+    if evaluate.judge_of(c)["pays"]:
+        return (load_judge(c.judge, c.reward_model, device, pool + requests),) * 2
+    return (load_judge(c.judge, c.reward_model, device, pool),
+            load_judge(c.eval_judge, "", device, requests, "--eval-judge"))
 
 
 # ---- the supervised warm start ---------------------------------------------------------------------------
