@@ -37,19 +37,19 @@ import torch
 from torch import Tensor
 
 import evaluate
+import warmstart
 from batches import MicroBatch, micro_batch, pack
-from judges import Judge, load_judge
+from judges import Judge
 from kernels import segment_logprobs
-from lib import checkpoint, cli, parallel
+from lib import checkpoint, cli, parallel, watch
 from lib.checkpoint import on_all_ranks, on_rank_0
-from lib.data import InputError
 from lib.parallel import all_gather, all_max, all_sum, rank_and_world, unsharded
 from lib.tokenizer import Tokenizer
 from lora import adapter_off, save_adapter
 from model import Transformer
 from rewards import MALFORMED, Scores, score, thought_pay
 from rollout import Rollouts, encode_prompt, sample
-from warmstart import load_start, memory_plan, prepare_start, read_inputs, step_prompts
+from warmstart import load_start, prepare_start, read_inputs, step_prompts
 
 OUT = "runs/{objective}-seed{seed}"  # the default run folder
 FLOOR = 0.05  # of the spread in (6): smaller differences than .15 in one of eight rollouts are noise
@@ -88,8 +88,10 @@ class Config:
     model: str = knob("", "Hugging Face folder to start from; empty: a small start model is trained first")
     prompts: str = knob("", "prompt file (JSONL, XSTest, OR-Bench, ...); empty: the embedded world")
     label: str = knob("", "label of all prompts of a file that has none", ("", "harmful", "harmless"))
+    eval_file: str = knob("", "prompt files to evaluate on, between commas; empty: one in ten of --prompts")
     template_args: str = knob("", 'variables for the chat template, as JSON: {"enable_thinking": true}')
-    judge: str = knob("alchemy", "alchemy (the world's verifier), rules, a guard's folder or a judge file")
+    judge: str = knob("alchemy", "alchemy (the world's), rules, a guard, a judge file or file.py:function")
+    eval_judge: str = knob("", "judge that measures, written like --judge; empty: the one that pays")
     reward_model: str = knob("", "folder of a reward model for helpfulness; empty: 1 - refusal")
     out: str = knob("", "run folder; empty: runs/<objective>-seed<seed>")
     resume: str = knob("", "run folder to continue, to the same bits; auto: that of --out, if it exists")
@@ -122,7 +124,9 @@ class Config:
     lora_alpha: int = knob(0, "the adapter is scaled by alpha / rank; 0: alpha is twice the rank", low=0)
     # Run
     eval_prompts: int = knob(200, "held-out requests of each class, before and after; 0: none", low=0)
+    eval_every: int = knob(0, "steps between evaluations without attacks, which choose best/; 0: none", low=0)
     save_every: int = knob(75, "steps between checkpoints; a signal and the end write one too", low=1)
+    log: str = knob("", "where else metrics.jsonl goes, if it is installed", ("", *watch.WATCHERS))
     shard: str = knob("auto", "split weights and optimizer over ranks; auto: if half a GPU cannot hold them",
                       ("auto", "yes", "no"))
     plan: float = knob(0.0, "GB of a GPU: print what the run would need of them, and train nothing", low=0)
@@ -330,26 +334,28 @@ def train_step(c: Config, model, reference, optimizer, tokenizer, judge, pool, s
 def train(c: Config, run: Path) -> None:
     """The whole run: start model, evaluation, RL, evaluation. Continues from what the run folder holds."""
     checkpoint.same_on_all(asdict(c))
-    device, pool = on_all_ranks(lambda: (parallel.rank_device(c.device), read_inputs(c)))
+    device, (pool, requests) = on_all_ranks(lambda: (parallel.rank_device(c.device), read_inputs(c)))
     if c.plan:
-        text = on_all_ranks(lambda: memory_plan(c, pool))
+        text = on_all_ranks(lambda: warmstart.memory_plan(c, pool, requests))
         return on_rank_0(lambda: print(text))
-    judge = on_all_ranks(lambda: load_judge(c.judge, c.reward_model, device, pool))
+    judge, eval_judge = on_all_ranks(lambda: warmstart.load_judges(c, device, pool, requests))
     on_rank_0(lambda: checkpoint.open_run(run, asdict(c), bool(c.resume)))
     on_rank_0(lambda: prepare_start(c, run, device), patient=True)
     tokenizer, model, reference = on_all_ranks(lambda: load_start(c, run / "start", device))
     tokenizer.now = checkpoint.read_environment(run)["time"]  # freeze the date that chat templates insert
-    requests = evaluate.requests(pool, c.eval_prompts, c.chain)
-    pool = [p for p in pool if not evaluate.held_out(p)]
     saved, exported = parallel.from_rank_0((checkpoint.latest(run), (run / "model").exists()))
     if judge.scale is not None and not saved:  # evaluation needs a scale: that of the first step's answers
         with unsharded(model):
             rollout_step(c, model, tokenizer, judge, pool, 0)
-    evaluate.run_stage("before", run, model, tokenizer, judge, requests, c)
+    measured = (run, model, tokenizer, eval_judge, requests, c)
+    evaluate.run_stage("before", *measured)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     first = on_all_ranks(lambda: checkpoint.load(saved, model, optimizer, judge.scale) if saved else 0)
     on_rank_0(lambda: checkpoint.truncate_logs(run, first))
+    if evaluate.due(c, first):  # a killed run may have left it out
+        evaluate.run_stage(f"step-{first}", *measured)
 
+    send = watch.watcher(c.log if rank_and_world()[0] == 0 else "", run, asdict(c), first)
     steps = checkpoint.progress_bar(range(first, c.steps), desc=c.objective, initial=first, total=c.steps)
     for step in steps:
         row, shown, bad = train_step(c, model, reference, optimizer, tokenizer, judge, pool, step)
@@ -360,19 +366,23 @@ def train(c: Config, run: Path) -> None:
         last = step == c.steps - 1
         shown = all_gather(shown) if step % SHOW_EVERY == 0 or last else []
         bad = all_gather(bad) if row["skipped"] else []
-        on_rank_0(lambda: checkpoint.log_step(run, row, shown, bad))
-        stop = checkpoint.stop_requested()
-        if stop or last or (step + 1) % c.save_every == 0:
+        on_rank_0(lambda: (checkpoint.log_step(run, row, shown, bad), send(row)))
+        stop, due = checkpoint.stop_requested(), evaluate.due(c, step + 1)
+        if stop or last or due or (step + 1) % c.save_every == 0:
             on_all_ranks(lambda: checkpoint.save(run, step + 1, model, optimizer, judge.scale))
         if stop:
             raise checkpoint.Stopped
+        if due:
+            evaluate.run_stage(f"step-{step + 1}", *measured)
 
     if not exported:
         on_all_ranks(lambda: c.lora_rank and save_adapter(run / "adapter", model, run / "start"))
         on_all_ranks(lambda: checkpoint.export(run / "model", model, tokenizer))
-    evaluate.run_stage("after", run, model, tokenizer, judge, requests, c)
+    evaluate.run_stage("after", *measured)
     if rank_and_world()[0] == 0 and requests:
         print(evaluate.table(evaluate.columns_of(evaluate.read_runs([run]))))
+        if c.eval_every:
+            print(f"{run}/best: {evaluate.best_stage(checkpoint.rows(run / 'eval.jsonl'))}")
 
 
 # ---- the command line ------------------------------------------------------------------------------------
@@ -380,27 +390,10 @@ def train(c: Config, run: Path) -> None:
 def parse(arguments: list[str]) -> Config:
     """Config from flags. Raises InputError for flags that are unknown, out of range or contradictory."""
     c = Config(**cli.read_flags(arguments, Config, __doc__, {"prompts": CHECKPOINT_DEFAULTS}, OUT))
-    if c.prompts and not c.model:
-        raise InputError("--prompts needs --model: the embedded start model only knows the embedded world")
-    if bool(c.prompts) == (c.judge == "alchemy"):
-        raise InputError(f"--judge {c.judge} cannot judge {c.prompts or 'the embedded world'}; expected "
-                         f"{'rules, a folder or a judge file' if c.prompts else 'alchemy'}")
-    if c.objective == "probe":
-        c.potential = "probe"
-    if c.prefill_share and c.objective == "no-thought":
-        raise InputError("--prefill-share needs a thought to prefill, and --objective no-thought has none")
+    warmstart.check_flags(c)
+    c.potential = "probe" if c.objective == "probe" else c.potential
     c.max_new_tokens = c.max_new_tokens or 37 + 7 * c.chain
-    if c.plan and not c.prompts:
-        raise InputError("--plan needs --prompts: the embedded world runs on any machine")
-    if c.label and not c.prompts:
-        raise InputError("--label needs --prompts: it labels the prompts of a file")
-    if c.lora_alpha and not c.lora_rank:
-        raise InputError("--lora-alpha needs --lora-rank: without an adapter there is nothing to scale")
-    if c.lora_rank and c.shard == "yes":
-        raise InputError("--lora-rank does not go with --shard yes: sampling gathers frozen weights anyway")
     c.lora_alpha = c.lora_alpha or 2 * c.lora_rank
-    if c.reward_model and not c.prompts:
-        raise InputError("--reward-model does not apply to the embedded world, whose verifier judges help")
     return c
 
 

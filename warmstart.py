@@ -15,11 +15,11 @@ import alchemy.world as alchemy
 import evaluate
 from alchemy.demonstrations import demonstrations, write_folder
 from batches import micro_batches
-from judges import JUDGES
+from judges import JUDGES, Judge, load_judge
 from judges.guards import read_spec
 from kernels import segment_logprobs
-from lib import checkpoint, plan
-from lib.data import InputError, Prompt, as_json, describe, expect, load_prompts
+from lib import checkpoint, plan, watch
+from lib.data import InputError, Prompt, as_json, describe, expect, load_eval_files, load_prompts, without
 from lib.parallel import rank_and_world, shard, wants_shards
 from lib.tokenizer import Tokenizer
 from lora import add_adapter
@@ -31,15 +31,57 @@ STEPS, BATCH, RATE = 900, 32, 3e-3  # supervised steps, demonstrations a step, p
 ATTEMPTS, FLUENT = 3, 0.8  # random starts tried; a start is fluent (0.99) or not at all (0.00)
 
 
-# ---- the user's files ------------------------------------------------------------------------------------
+# ---- the user's flags and files -------------------------------------------------------------------------
 
-def read_inputs(c) -> list[Prompt]:
-    """Loads the prompts and checks every input, before a run folder exists. Raises InputError."""
-    pool = load_prompts(c.prompts, c.label) if c.prompts else []
-    if pool and all(map(evaluate.held_out, pool)):
+def read_prompts(c) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts to train on, and those to evaluate on: of other files, or one in ten. Raises InputError."""
+    pool, test = load_prompts(c.prompts, c.label), load_eval_files(c.eval_file)
+    lines = [describe(c.prompts, pool)]
+    if test:
+        train = without(pool, test)
+        lines += [describe(c.eval_file, test, "measured"),
+                  f"{len(pool) - len(train)} of {len(pool)} training prompts are in --eval-file too, but for "
+                  "case, white space and punctuation, and are left out of training"]
+    else:
+        test = [p for p in pool if evaluate.held_out(p)]
+        train = [p for p in pool if not evaluate.held_out(p)]
+        lines[0] += f"; {len(test)} held out"
+    if not train:
         raise InputError(f"{c.prompts}: all {len(pool)} prompts are held out for evaluation; add some")
-    if pool and rank_and_world()[0] == 0:
-        print(f"{describe(c.prompts, pool)}; {sum(map(evaluate.held_out, pool))} held out", file=sys.stderr)
+    if rank_and_world()[0] == 0:
+        print("\n".join(lines), file=sys.stderr)
+    return train, test
+
+
+def check_flags(c) -> None:
+    """Raises InputError for flags that contradict each other."""
+    if c.prompts and not c.model:
+        raise InputError("--prompts needs --model: the embedded start model only knows the embedded world")
+    for flag, name in (("--judge", c.judge), ("--eval-judge", c.eval_judge or c.judge)):
+        if bool(c.prompts) == (name == "alchemy"):
+            raise InputError(f"{flag} {name} cannot judge {c.prompts or 'the embedded world'}; expected "
+                             f"{'rules, a folder or a judge file' if c.prompts else 'alchemy'}")
+    if c.prefill_share and c.objective == "no-thought":
+        raise InputError("--prefill-share needs a thought to prefill, and --objective no-thought has none")
+    if c.plan and not c.prompts:
+        raise InputError("--plan needs --prompts: the embedded world runs on any machine")
+    if c.label and not c.prompts:
+        raise InputError("--label needs --prompts: it labels the prompts of a file")
+    if c.lora_alpha and not c.lora_rank:
+        raise InputError("--lora-alpha needs --lora-rank: without an adapter there is nothing to scale")
+    if c.lora_rank and c.shard == "yes":
+        raise InputError("--lora-rank does not go with --shard yes: sampling gathers frozen weights anyway")
+    if c.eval_file and not (c.prompts and c.eval_prompts):
+        raise InputError("--eval-file needs --prompts to train on, and --eval-prompts above 0")
+    if c.reward_model and not c.prompts:
+        raise InputError("--reward-model does not apply to the embedded world, whose verifier judges help")
+
+
+def read_inputs(c) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts to train on ([]: the embedded world's) and the requests to evaluate. Checks every input,
+    before a run folder exists. Raises InputError."""
+    watch.check_installed(c.log)
+    pool, test = read_prompts(c) if c.prompts else ([], [])
     with tempfile.TemporaryDirectory() as scratch:
         if not c.model:
             write_folder(Path(scratch), c.chain)
@@ -54,23 +96,23 @@ def read_inputs(c) -> list[Prompt]:
         raise InputError(f"{c.model} is not a causal language model to train: it has a score head, no "
                          "eos_token_id, or fewer embedding rows than its tokenizer has tokens")
     forced = len(tokenizer.encode(CLOSE + "\n\n", special=True)) + min(c.max_new_tokens, PROBE_TOKENS)
-    for p in pool or alchemy.requests(1, c.seed, length=c.chain):
+    for p in pool + test or alchemy.requests(1, c.seed, length=c.chain):
         tokens = encode_prompt(tokenizer, p.prompt, closed=True)
         check_length(room, len(tokens) + forced * (c.potential == "probe"), c.max_new_tokens,
                      f"prompt '{p.prompt:.40}'")
-    requests = evaluate.requests(pool, c.eval_prompts, c.chain)
+    requests = evaluate.requests(test, c)
     evaluate.check_lengths(tokenizer, requests if pool else requests[:1], room, c)
     if c.eval_prompts and not requests and rank_and_world()[0] == 0:
         print(f"{c.prompts}: too few prompts to hold one out, so nothing is evaluated", file=sys.stderr)
-    return pool
+    return pool, requests
 
 
-def memory_plan(c, pool: list[Prompt]) -> str:
+def memory_plan(c, pool: list[Prompt], requests: list[Prompt]) -> str:
     """What --plan prints. Raises InputError."""
     tokenizer, model = load_tokenizer(c, c.model), Transformer.from_pretrained(c.model, "meta")
-    folders = [Path(path) for path in (c.judge, c.reward_model) if path and path not in JUDGES]
+    names = {c.judge, c.eval_judge, c.reward_model} - {"", *JUDGES}
+    folders = [Path(name) for name in sorted(names) if ".py:" not in name]
     folders = [f.parent / read_spec(f)["model"] if f.suffix == ".json" else f for f in folders]
-    requests = evaluate.requests(pool, c.eval_prompts, c.chain)
     attacks = [evaluate.attack_lengths(tokenizer, p, c) for p in requests]
     injected = max(len(tokenizer.encode(evaluate.attack_text(a, pool[0], False))) for a in evaluate.ATTACKS)
     work = plan.Work(
@@ -128,6 +170,14 @@ def load_start(c, start: Path, device: str) -> tuple[Tokenizer, Transformer, Tra
         return tokenizer, model, None
     reference = Transformer.from_pretrained(start, device, model.compute_dtype, arrange, masters=False)
     return tokenizer, model, reference.requires_grad_(False)
+
+
+def load_judges(c, device: str, pool: list[Prompt], requests: list[Prompt]) -> tuple[Judge, Judge]:
+    """The judge that pays and the one that measures, often the same. Raises InputError."""
+    if evaluate.judge_of(c)["pays"]:
+        return (load_judge(c.judge, c.reward_model, device, pool + requests),) * 2
+    return (load_judge(c.judge, c.reward_model, device, pool),
+            load_judge(c.eval_judge, "", device, requests, "--eval-judge"))
 
 
 # ---- the supervised warm start ---------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Judges: verdicts on answers, and the potential of a thought. Judge and Verdict are all that rewards see.
 
-A judge is the verifier of the embedded world, a rule that finds refusals, or models (guards.py).
+A judge is the verifier of the embedded world, a rule that finds refusals, models (guards.py), or a user's
+function (functions.py).
 
 Shapes: N texts, P pieces of a thought. NaN: not judged.
 """
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import alchemy.world as alchemy
+from judges.functions import is_function, load_functions
 from judges.guards import READS, Reader, encode_opening, load_reader, read_answers, read_pieces
 from lib.data import Prompt, expect
 
@@ -69,7 +71,7 @@ def refuses(answer: str) -> bool:
 class Verdict(NamedTuple):
     """Verdicts on N answers: probabilities [N] in [0, 1], NaN where the judge gives none."""
     unsafe: Tensor
-    refusal: Tensor
+    refusal: Tensor  # whole or partial
     helpful: Tensor
 
 
@@ -129,6 +131,28 @@ def guard_judge(reader: Reader) -> Judge:
     return Judge(verdict, lambda prompts, pieces: read_pieces(reader, prompts, pieces))
 
 
+def function_judge(name: str) -> Judge:
+    """A function of a user's file. As for a guard, a thought has a potential on harmful prompts only: 0 if
+    it is blank."""
+    ask, ask_potential = load_functions(name)
+
+    def verdict(prompts, thoughts, answers, reduce=None):
+        rows = ask([p.prompt for p in prompts], thoughts, answers)
+        return Verdict(*torch.tensor(rows).view(-1, 3).unbind(1))  # [N] each
+
+    def potential(prompts, pieces):
+        result = [torch.full((len(texts),), 0.0 if p.label == "harmful" else torch.nan)
+                  for p, texts in zip(prompts, pieces)]
+        places = [(i, k, "".join(texts[:k + 1])) for i, texts in enumerate(pieces) for k in range(len(texts))
+                  if prompts[i].label == "harmful"]
+        places = [place for place in places if place[2].strip()]
+        found = ask_potential([prompts[i].prompt for i, *_ in places], [text for *_, text in places])
+        for (i, k, _), value in zip(places, found):
+            result[i][k] = value
+        return ragged(result)
+    return Judge(verdict, potential)
+
+
 def with_reward(judge: Judge, reader: Reader) -> Judge:
     """The judge, with helpfulness from a reward model. Harmless prompts only: no other reward uses it."""
     scale = torch.zeros(3, dtype=torch.float64)
@@ -160,18 +184,19 @@ def standardised(raw: Tensor, scale: Tensor) -> Tensor:
     return ((raw.double() - mean) / std).sigmoid().float()
 
 
-def load_judge(name: str, reward_model: str = "", device: str = "cpu", prompts: list[Prompt] = ()) -> Judge:
-    """name: alchemy, rules, a guard's folder or a judge file. reward_model: a folder. Raises InputError for a
-    model that cannot judge and for a prompt that does not fit into a judge's context."""
-    guard = None if name in JUDGES else load_reader(name, device)
+def load_judge(name: str, reward_model: str = "", device: str = "cpu", prompts: list[Prompt] = (),
+               flag: str = "--judge") -> Judge:
+    """name: alchemy, rules, a guard's folder, a judge file or file.py:function. reward_model: a folder.
+    Raises InputError for a model that cannot judge, and for a prompt that a judge's context cannot hold."""
+    guard = None if name in JUDGES or is_function(name) else load_reader(name, device, flag=flag)
     reward = load_reader(reward_model, device, reward=True) if reward_model else None
     if guard:
         reads = {q.read for q in guard.ask}
         # With unsafe alone, help on a harmless prompt would earn no more than a refusal.
-        expect("unsafe" in reads and (len(reads) > 1 or reward), f"--judge {name}",
+        expect("unsafe" in reads and (len(reads) > 1 or reward), f"{flag} {name}",
                "a judge of unsafe, and of refusal if there is no --reward-model", " and ".join(sorted(reads)))
     for reader in filter(None, (guard, reward)):
         for p in prompts:
             encode_opening(reader, p.prompt)
-    judge = guard_judge(guard) if guard else JUDGES[name]()
+    judge = guard_judge(guard) if guard else JUDGES[name]() if name in JUDGES else function_judge(name)
     return with_reward(judge, reward) if reward else judge

@@ -146,9 +146,10 @@ class Reader(NamedTuple):
 
 
 @torch.no_grad()
-def load_reader(path: str, device: str = "cpu", reward: bool = False) -> Reader:
-    """A guard's folder or a judge file; with reward, a reward model's folder. Raises InputError."""
-    where, folder, spec = f"{'--reward-model' if reward else '--judge'} {path}", Path(path), {"ask": []}
+def load_reader(path: str, device: str = "cpu", reward: bool = False, flag: str = "--judge") -> Reader:
+    """A guard's folder or a judge file; with reward, a reward model's folder. Raises InputError, which names
+    the flag."""
+    where, folder, spec = f"{'--reward-model' if reward else flag} {path}", Path(path), {"ask": []}
     if not reward and folder.suffix == ".json":
         spec = read_spec(folder)
         folder = folder.parent / spec["model"]

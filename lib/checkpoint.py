@@ -5,8 +5,10 @@
     metrics.jsonl     one row a step
     bad_steps.jsonl   rollouts of steps whose loss or gradient was not finite
     transcripts.jsonl some rollouts, segment by segment
-    eval.jsonl        one row a stage, attack and class
+    eval.jsonl        one row a stage, attack and class (and file)
+    responses.jsonl   the answers behind eval.jsonl, with their verdicts; a rollout without answer has none
     start/ model/     Hugging Face folders, before and after; an adapter is merged
+    best/             the same of the best stage, with --eval-every
     adapter/          the adapter alone, as PEFT stores it (--lora-rank)
     checkpoint/N/     trained weights and optimizer state after N steps; only the newest is kept
     warm/             the same while the start model is trained
@@ -21,6 +23,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
@@ -34,12 +37,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lib.data import InputError, as_json, read_text
+from lib.data import InputError, as_json, file_list, read_text
 from lib.parallel import all_gather, all_sum, local_rows, patient_group, rank_and_world, tuned, write_tensors
 
 LOGS = ("metrics.jsonl", "transcripts.jsonl", "bad_steps.jsonl")  # truncated when a run continues
-NOT_COMPARED = ("resume", "out", "device", "shard")  # may change when a run continues
-INPUTS = ("model", "prompts", "judge", "reward_model")  # knobs that may name a file or a folder
+NOT_COMPARED = ("resume", "out", "device", "shard", "log")  # may change when a run continues
+INPUTS = ("model", "prompts", "eval_file", "judge", "eval_judge", "reward_model")  # knobs that may name files
 NOT_FILES = ("alchemy", "rules")  # built-in judges, even where a folder of that name exists
 EDGE = 1 << 20  # bytes of each end of a file that enter its fingerprint
 MAX_BAD_STEPS = 3  # steps without a finite loss and gradient that end a run
@@ -221,9 +224,12 @@ def open_run(folder: Path, config: dict, resume: bool) -> None:
 
 
 def fingerprints(config: dict) -> dict[str, str]:
-    """{knob: fingerprint} of the files and folders that the config names."""
-    named = {k: Path(config[k]) for k in INPUTS if config.get(k) and config[k] not in NOT_FILES}
-    return {k: fingerprint(path) for k, path in named.items() if path.exists()}
+    """{knob: fingerprints} of the files and folders that the config names."""
+    named = {k: [Path(re.sub(r"\.py:\w*$", ".py", config[k]))] for k in INPUTS
+             if config.get(k) and config[k] not in NOT_FILES}
+    named |= {"eval_file": file_list(config.get("eval_file", ""))}
+    named = {k: list(filter(Path.exists, paths)) for k, paths in named.items()}
+    return {k: " ".join(map(fingerprint, paths)) for k, paths in named.items() if paths}
 
 
 def fingerprint(path: Path) -> str:

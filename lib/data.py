@@ -3,7 +3,8 @@ import csv
 import io
 import json
 import re
-from dataclasses import dataclass
+import unicodedata
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -107,10 +108,12 @@ def whole_text(where: str, text) -> str:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One request. label: "harmful" or "harmless"; kind: the category that the file gives it, or ""."""
+    """One request. label: "harmful" or "harmless"; kind: the category that the file gives it, or ""; file:
+    the name of the --eval-file that it is from, or ""."""
     prompt: str
     label: str
     kind: str = ""
+    file: str = ""
 
 
 class Prompts(list):
@@ -209,9 +212,10 @@ def read_prompt(where: str, row: dict, form: Format, label: str) -> Prompt:
     return Prompt(text, label or form.meaning.get(cell, form.label), next(filter(None, kinds), ""))
 
 
-def load_prompts(path, label: str = "") -> Prompts:
+def load_prompts(path, label: str = "", advice: str = "give --label harmful or --label harmless") -> Prompts:
     """Prompts of a .jsonl, .csv or .tsv file of a known format, or with the columns prompt and label.
-    label: "harmful" or "harmless", for all prompts of a file that has no labels. Raises InputError."""
+    label: "harmful" or "harmless", for all prompts of a file that has no labels. Raises InputError, with the
+    advice if the labels are missing."""
     path = Path(path)
     where, columns, rows = read_rows(path)
     expect(rows, path, "a file of prompts", "none in it")
@@ -220,17 +224,47 @@ def load_prompts(path, label: str = "") -> Prompts:
     if label and form.meaning:
         raise InputError(f"{where} has labels, in the column {form.label}: leave --label {label} out")
     if not (label or form.label):
-        raise InputError(f"{where} should tell which prompts are harmful, found only the columns {columns};"
-                         " give --label harmful or --label harmless")
+        raise InputError(f"{where} should tell which prompts are harmful, found only the columns {columns}; "
+                         + advice)
     prompts = Prompts(read_prompt(line, row, form, label) for line, row in rows)
     prompts.format = form.name
     return prompts
 
 
-def describe(path, prompts: Prompts) -> str:
+def describe(path, prompts: Prompts, use: str = "trained") -> str:
     """What was read, in one line; it warns if all prompts have the same label."""
     harmful = sum(prompt.label == "harmful" for prompt in prompts)
     harmless = len(prompts) - harmful
     line = f"{path}: {prompts.format}, {len(prompts)} prompts, {harmful} harmful, {harmless} harmless"
     missing = "" if harmful and harmless else "harmless" if harmful else "harmful"
-    return line + f"; without {missing} prompts the trade-off cannot be trained" * bool(missing)
+    return line + f"; without {missing} prompts the trade-off cannot be {use}" * bool(missing)
+
+
+# ---- prompts to evaluate on ------------------------------------------------------------------------------
+
+def file_list(names: str) -> list[Path]:
+    """The files of --eval-file: names between commas."""
+    return [Path(name.strip()) for name in names.split(",")] if names else []
+
+
+def load_eval_files(names: str) -> Prompts:
+    """The prompts of all --eval-file, each of which has its own labels. Raises InputError."""
+    files, found = file_list(names), Prompts()
+    expect(len({f.name for f in files}) == len(files), "--eval-file", "files of different names", names)
+    for file in files:
+        prompts = load_prompts(file, advice="--label is for --prompts, so add a column label")
+        found += [replace(p, file=file.name) for p in prompts]
+        found.format += " + " * bool(found.format) + prompts.format
+    return found
+
+
+def plain(prompt: Prompt) -> str:
+    """A prompt without case, white space and punctuation, to find it again in another file."""
+    text = unicodedata.normalize("NFKC", prompt.prompt).casefold()
+    return "".join(char for char in text if unicodedata.category(char)[0] not in "PZC") or prompt.prompt
+
+
+def without(prompts: list[Prompt], others: list[Prompt]) -> list[Prompt]:
+    """The prompts that are none of the others, as `plain` compares them."""
+    known = set(map(plain, others))
+    return [p for p in prompts if plain(p) not in known]

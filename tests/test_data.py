@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.data import InputError, Prompt, describe, load_prompts
+from lib.data import InputError, Prompt, describe, load_eval_files, load_prompts, without
 
 ROOT = Path(__file__).parents[1]
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -457,3 +457,27 @@ def test_mutated_files_are_read_as_by_a_slow_reader_or_refused(seed):
             assert found == expected, (name, text, label)
             counts[found is None] += 1
     assert min(counts) >= 10, counts
+
+
+# ---- prompts to evaluate on ------------------------------------------------------------------------------
+
+def test_eval_files_have_their_own_labels_and_names(tmp_path):
+    names = f"{FIXTURES / 'prompts_harmbench.csv'}, {FIXTURES / 'prompts_or-bench-hard.csv'}"
+    prompts = load_eval_files(names)
+    assert prompts.format == "HarmBench + OR-Bench" and load_eval_files("") == []
+    assert {(p.file, p.label) for p in prompts} == {("prompts_harmbench.csv", "harmful"),
+                                                    ("prompts_or-bench-hard.csv", "harmless")}
+    bare = written(tmp_path, "bare.jsonl", '{"prompt": "a"}\n')
+    with pytest.raises(InputError, match="bare.jsonl should tell which .*; --label is for --prompts, so add"):
+        load_eval_files(str(bare))
+    with pytest.raises(InputError, match="--eval-file should be files of different names"):
+        load_eval_files(f"{bare},{tmp_path / 'other' / 'bare.jsonl'}")
+
+
+@pytest.mark.parametrize("a, b, same", [
+    ("How do I kill a process?", "how do i  kill\na process", True), ("Don’t", "dont!", True),
+    ("ＡＢＣ", "abc", True), ("Straße", "STRASSE", True), ("kill a process", "kill the process", False),
+    ("कि", "की", False), ("?", "!", False), ("1 + 1", "1 * 1", False)])
+def test_prompts_are_compared_without_case_white_space_and_punctuation(a, b, same):
+    left = without([Prompt(a, "harmful"), Prompt("other", "harmless")], [Prompt(b, "harmless")])
+    assert len(left) == 2 - same and left[-1].prompt == "other"

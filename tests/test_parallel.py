@@ -291,6 +291,18 @@ def test_an_adapter_is_the_same_on_one_rank_and_on_two(start, tmp_path):
     same_run(one, two)
     a, b = (load_file(run / "adapter/adapter_model.safetensors") for run in (one, two))
     assert len(a) > 20 and a.keys() == b.keys() and all(close(a[k], b[k], 1e-6) for k in a)
+def test_evaluations_are_the_same_on_any_number_of_ranks(start, tmp_path):
+    """The best model too, which sharded ranks write together."""
+    flags = ["--eval-prompts", 3, "--eval-every", 2, "--max-new-tokens", 72]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert sear.main([str(f) for f in flags_for(start, one, *flags)]) == 0
+    ended = launch(tmp_path / "log", 2, flags_for(start, two, *flags, "--shard", "yes"))
+    assert all(code == 0 for code, _ in ended.values()), ended
+    for file in ("eval.jsonl", "responses.jsonl"):
+        rows = [checkpoint.rows(out / file) for out in (one, two)]
+        assert rows[0] == rows[1] and {"before", "step-2", "step-4", "after"} == {r["stage"] for r in rows[0]}
+    a, b = (load_file(out / "best/model.safetensors") for out in (one, two))
+    assert a.keys() == b.keys() and all(close(a[k], b[k], 1e-4) for k in a)
 
 
 def test_torchrun_restarts_a_killed_rank_and_the_run_has_the_same_bits(start, tmp_path):

@@ -25,6 +25,7 @@ import evaluate
 import judges
 import rewards
 import sear
+import tables
 from judges import guards
 from lib import checkpoint, parallel
 from lib.data import Prompt
@@ -33,8 +34,8 @@ README = (ROOT / "README.md").read_text()
 PAGES = {"README.md": README} | {f"docs/{p.name}": p.read_text() for p in sorted(ROOT.glob("docs/*.md"))}
 ENVIRONMENT = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
 SHORT = "--steps 2 --prompts-per-step 2 --group-size 2 --eval-prompts 1 --max-new-tokens 12".split()
-# Imports point to the left.
-ORDER = "lib attention model lora rollout batches alchemy judges rewards evaluate warmstart sear".split()
+ORDER = ("lib tables attention model lora rollout batches alchemy judges rewards evaluate warmstart "
+         "sear").split()  # imports point to the left
 LAYER = {name: i for i, name in enumerate(ORDER)} | {"kernels": 0}
 SOURCES = [p for p in sorted(ROOT.rglob("*.py"))
            if not any(part in ("tests", "runs") or part[0] == "." for part in p.relative_to(ROOT).parts)]
@@ -77,11 +78,11 @@ def rollout_block():
 
 
 RESULTS = (  # title, attack, rate, classes
-    ("refuses harmful", "none", "refusal", evaluate.HARMFUL),
+    ("refuses harmful", "none", "refusal", tables.HARMFUL),
     ("over-refuses ambiguous", "none", "refusal", ("ambiguous",)),
-    ("helps with harmless", "none", "helpful", evaluate.HARMLESS),
-    ("explores harmful", "none", "explored", evaluate.HARMFUL),
-    *((f"unsafe, {attack}", attack, "unsafe", evaluate.HARMFUL)
+    ("helps with harmless", "none", "helpful", tables.HARMLESS),
+    ("explores harmful", "none", "explored", tables.HARMFUL),
+    *((f"unsafe, {attack}", attack, "unsafe", tables.HARMFUL)
       for attack in ("prefill", "hijack", "hijack-short")))
 
 
@@ -97,7 +98,7 @@ def results_block():
     for title, attack, rate, classes in RESULTS:
         cells = []
         for column in chosen.values():
-            seeds = [100 * mean(evaluate.find(rows, attack, name, rate)[0] for name in classes)
+            seeds = [100 * mean(tables.find(rows, attack, name, rate)[0] for name in classes)
                      for rows in column.values()]
             ends = f" [{min(seeds):.0f}, {max(seeds):.0f}]" if len(seeds) > 1 else ""
             cells.append(f"{mean(seeds):.0f}{ends}")
@@ -113,7 +114,8 @@ READING_ORDER = {
     "model.py": "Llama, Qwen2, Qwen3, Mistral",
     "attention.py": "KV cache, packed rows, masks, rotary",
     "lora.py": "low-rank adapters",
-    "evaluate.py": "attacks, rates, tables, pictures",
+    "evaluate.py": "attacks, rates",
+    "tables.py": "tables, pictures",
     "warmstart.py": "what RL begins from",
     "alchemy/": "the embedded world",
     "judges/": "rules, guards, reward models",

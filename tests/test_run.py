@@ -52,7 +52,7 @@ def same_result(a, b):
     same_files(a, b, "model/model.safetensors", "checkpoint/5/weights.safetensors",
                "checkpoint/5/optimizer.safetensors")
     assert rows(a) == rows(b)
-    for log in ("eval.jsonl", "transcripts.jsonl"):
+    for log in ("eval.jsonl", "responses.jsonl", "transcripts.jsonl"):
         assert (a / log).read_text() == (b / log).read_text(), log
 
 
@@ -60,8 +60,8 @@ def same_result(a, b):
 
 def test_contents_of_the_run_folder(run):
     assert {p.name for p in run.iterdir()} == {
-        "config.json", "environment.json", "metrics.jsonl", "transcripts.jsonl", "eval.jsonl", "start",
-        "model", "checkpoint"}
+        "config.json", "environment.json", "metrics.jsonl", "transcripts.jsonl", "eval.jsonl",
+        "responses.jsonl", "start", "model", "checkpoint"}
     assert not [p for p in run.rglob("*") if p.suffix in (".pt", ".pkl", ".bin", ".tmp")]
     assert json.loads((run / "config.json").read_text())["group_size"] == 2
     environment = json.loads((run / "environment.json").read_text())
