@@ -40,6 +40,12 @@ def parameters(m: Config) -> tuple[int, int]:
     return m.num_hidden_layers * (weights + biases), D * (m.vocab_size + heads + 1)
 
 
+def adapter(m: Config, rank: int) -> int:
+    """Parameters of a LoRA adapter: rank (in + out) of each of a block's seven projections."""
+    D, inner, q, kv = m.hidden_size, m.intermediate_size, *widths(m)
+    return m.num_hidden_layers * rank * (2 * (D + q) + 2 * (D + kv) + 3 * (D + inner))
+
+
 def widths(m: Config) -> tuple[int, int]:
     """-> H E, J E."""
     return m.num_attention_heads * m.head_dim, m.num_key_value_heads * m.head_dim
@@ -72,6 +78,8 @@ def parts(m: Config, judges: list[Config], c, work: Work) -> list[tuple[str, flo
     """(name, bytes, phases in which it is held) of everything. c: the knobs."""
     D, V, columns, world = m.hidden_size, m.vocab_size, work.prompt + c.max_new_tokens, rank_and_world()[1]
     P, a_column, again = sum(parameters(m)), cache_bytes(m), c.checkpoint_activations == "yes"
+    full = not c.lora_rank
+    trained = P if full else adapter(m, c.lora_rank)  # of an adapter; the model is frozen in bf16
     prompts = math.ceil(c.prompts_per_step / world)
     rows = max(MIN_ROWS, c.group_size * min(prompts, max(1, c.max_rows // c.group_size)))
     evaluated = max(MIN_ROWS, min(c.max_rows, math.ceil(work.requests / world))) * work.attacked
@@ -80,25 +88,27 @@ def parts(m: Config, judges: list[Config], c, work: Work) -> list[tuple[str, flo
     cache = a_column * max(rows * columns, evaluated * (work.requests > 0), forks)
     tokens = min(max(c.tokens_per_micro_batch, columns), prompts * c.group_size * columns)
     a_token, casts = activations(m, again)
+    a_token += COMPUTE * 7 * c.lora_rank * (1 if again else m.num_hidden_layers)
     pieces = min(CHUNK_BYTES, COMPUTE * V * tokens)
     head = COMPUTE * V * D + tokens * (MASTER * D + SPLIT_BYTES) + pieces
     sample, learn, update = ((phase,) for phase in PHASES)
     return [
-        ("weights, fp32", MASTER * P, PHASES),
-        ("AdamW's two moments, fp32", 2 * MASTER * P, PHASES),
-        ("reference, bf16", COMPUTE * P * (c.beta > 0), PHASES),
+        ("trained weights, fp32", MASTER * trained, PHASES),
+        ("frozen weights, bf16", COMPUTE * P * (not full), PHASES),
+        ("AdamW's two moments, fp32", 2 * MASTER * trained, PHASES),
+        ("reference, bf16", COMPUTE * P * (c.beta > 0 and full), PHASES),
         ("judges, bf16", COMPUTE * sum(sum(parameters(j)) for j in judges), PHASES),
-        ("gradients, fp32", MASTER * P, learn + update),
-        ("bf16 copy of the weights", COMPUTE * (P - V * D * (not m.tie_word_embeddings)), sample),
+        ("gradients, fp32", MASTER * trained, learn + update),
+        ("bf16 copy of the weights", COMPUTE * (P - V * D * (not m.tie_word_embeddings)) * full, sample),
         ("KV cache", cache, sample),
         ("archive of --potential probe", probe * a_column * prompts * c.group_size * columns, sample),
         ("a layer of the cache, while rows leave", cache / m.num_hidden_layers, sample),
         ("logits of a decoding step", rows * V * STEP_BYTES, sample),
         ("activations", tokens * a_token, learn),
-        ("bf16 casts kept for the backward pass", casts, learn),
-        ("gradient of the head, until it is added", MASTER * V * D, learn),
+        ("bf16 casts kept for the backward pass", casts * full, learn),
+        ("gradient of the head, until it is added", MASTER * V * D * full, learn),
         ("temporaries of the head or of a block", max(head, tokens * 8 * m.intermediate_size), learn),
-        ("temporaries of AdamW", MASTER * P, update)]
+        ("temporaries of AdamW", MASTER * trained, update)]
 
 
 def sums(*run) -> dict[str, float]:

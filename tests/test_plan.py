@@ -13,6 +13,7 @@ import sear
 from kernels import segment_logprobs
 from lib import plan
 from lib.folder import parse_config, read_configs
+from lora import add_adapter
 from model import Transformer
 
 PAGE = ROOT / "docs/memory.md"
@@ -120,7 +121,7 @@ def test_what_the_knobs_change():
         return {name: size for name, size, _ in plan.parts(m, [m], replace(KNOBS, **knobs), WORK)}
     P = sum(plan.parameters(m))
     base = parts()
-    assert base["weights, fp32"] == 4 * P and base["judges, bf16"] == 2 * P == base["reference, bf16"]
+    assert base["trained weights, fp32"] == 4 * P and base["judges, bf16"] == 2 * P == base["reference, bf16"]
     assert base["KV cache"] == 28_672 * 256 * (200 + 4096)
     assert parts(max_rows=64)["KV cache"] == 28_672 * 64 * 8700  # of the evaluation, under the attack `reset`
     assert parts(beta=0.0)["reference, bf16"] == 0
@@ -128,6 +129,19 @@ def test_what_the_knobs_change():
     assert parts(tokens_per_micro_batch=1)["activations"] == pytest.approx(base["activations"] * 4296 / 16384)
     assert parts(checkpoint_activations="no")["activations"] > 9 * base["activations"]
     assert parts(potential="probe")["archive of --potential probe"] == base["KV cache"]
+
+
+def test_lora_trains_its_adapter_alone():
+    m = small("Qwen2")
+    model = Transformer(m)
+    adapters = plan.adapter(m, 8)
+    add_adapter(model, 8, 16, 1)
+    assert adapters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    P = sum(plan.parameters(m))
+    found = {name: size for name, size, _ in plan.parts(m, [], replace(KNOBS, lora_rank=8), WORK)}
+    assert found["frozen weights, bf16"] == 2 * P and found["AdamW's two moments, fp32"] == 8 * adapters
+    assert found["gradients, fp32"] == found["trained weights, fp32"] == 4 * adapters
+    assert not found["reference, bf16"] and not found["bf16 copy of the weights"]
 
 
 def test_the_knobs_that_the_verdict_names_make_the_run_fit():
