@@ -118,6 +118,11 @@ def render_prompt(tokenizer: Tokenizer, text: str, after_answer: bool) -> str:
     return behind if after_answer else whole
 
 
+def unused_mark(text: str) -> str:
+    """A private-use character that is not in the text, for Tokenizer.hide_added."""
+    return next(char for char in map(chr, range(0xE001, 0xF900)) if char not in text)
+
+
 def encode_prompt(tokenizer: Tokenizer, text: str, closed: bool = False,
                   after_answer: bool = False) -> list[int]:
     """Tokens of a user message in the folder's chat template, up to and with the opening tag.
@@ -126,7 +131,7 @@ def encode_prompt(tokenizer: Tokenizer, text: str, closed: bool = False,
     model's answer, whose stop token is missing. Special tokens in the message are encoded as plain text, so
     that a prompt cannot inject template tokens. Raises InputError if the template drops the message, changes
     its special tokens, or does not leave exactly one thought open."""
-    mark = next(char for char in map(chr, range(0xE001, 0xF900)) if char not in text)
+    mark = unused_mark(text)
     hidden = tokenizer.hide_added(text, mark)
     whole = render_prompt(tokenizer, hidden, after_answer)
     _, found, end = render_prompt(tokenizer, MESSAGE, after_answer).rpartition(MESSAGE)

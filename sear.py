@@ -81,6 +81,7 @@ class Config:
     # Task
     objective: str = knob("sear", "reward scheme; everything else is the same for all", tuple(OBJECTIVES))
     model: str = knob("", "Hugging Face folder to start from; empty: a small start model is trained first")
+    warm_start: str = knob("", "JSONL of prompt, thought and answer to imitate before RL, from --model")
     prompts: str = knob("", "prompt file (JSONL, XSTest, OR-Bench, ...); empty: the embedded world")
     label: str = knob("", "label of all prompts of a file that has none", ("", "harmful", "harmless"))
     template_args: str = knob("", 'variables for the chat template, as JSON: {"enable_thinking": true}')
@@ -340,7 +341,7 @@ def train(c: Config, run: Path) -> None:
     device, pool = on_all_ranks(lambda: (parallel.rank_device(c.device), read_inputs(c)))
     judge = on_all_ranks(lambda: load_judge(c.judge, c.reward_model, device, pool))
     on_rank_0(lambda: checkpoint.open_run(run, asdict(c), bool(c.resume)))
-    on_rank_0(lambda: prepare_start(c, run, device), patient=True)
+    prepare_start(c, run, device)
     tokenizer, model, reference = on_all_ranks(lambda: load_start(c, run / "start", device))
     tokenizer.now = checkpoint.read_environment(run)["time"]  # freeze the date that chat templates insert
     requests = evaluate.requests(pool, c.eval_prompts, c.chain)
@@ -393,6 +394,8 @@ def parse(arguments: list[str]) -> Config:
     if c.prefill_share and c.objective == "no-thought":
         raise InputError("--prefill-share needs a thought to prefill, and --objective no-thought has none")
     c.max_new_tokens = c.max_new_tokens or 37 + 7 * c.chain
+    if c.warm_start and not c.model:
+        raise InputError("--warm-start needs --model: the embedded start model has its own demonstrations")
     if c.label and not c.prompts:
         raise InputError("--label needs --prompts: it labels the prompts of a file")
     if c.reward_model and not c.prompts:

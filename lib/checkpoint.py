@@ -2,6 +2,7 @@
 
     config.json       the knobs, one flat object
     environment.json  hash of the source, versions, machine, command
+    warm_start.jsonl  one row a supervised step
     metrics.jsonl     one row a step
     bad_steps.jsonl   rollouts of steps whose loss or gradient was not finite
     transcripts.jsonl some rollouts, segment by segment
@@ -38,7 +39,7 @@ from lib.parallel import all_gather, all_sum, local_rows, patient_group, rank_an
 
 LOGS = ("metrics.jsonl", "transcripts.jsonl", "bad_steps.jsonl")  # truncated when a run continues
 NOT_COMPARED = ("resume", "out", "device", "shard")  # may change when a run continues
-INPUTS = ("model", "prompts", "judge", "reward_model")  # knobs that may name a file or a folder
+INPUTS = ("model", "prompts", "warm_start", "judge", "reward_model")  # knobs that may name a file or a folder
 NOT_FILES = ("alchemy", "rules")  # built-in judges, even where a folder of that name exists
 EDGE = 1 << 20  # bytes of each end of a file that enter its fingerprint
 MAX_BAD_STEPS = 3  # steps without a finite loss and gradient that end a run
