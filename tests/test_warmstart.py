@@ -2,21 +2,24 @@
 import json
 import os
 import signal
+import sys
 
 import pytest
 import torch
-from helpers import FIXTURES, FOLDERS, run_sear
+from helpers import FIXTURES, FOLDERS, ROOT, run_sear
 from safetensors.torch import load_file
 
 import sear
 import warmstart
 from evaluate import held_out
+from judges import refuses
 from lib import checkpoint
-from lib.data import InputError, Prompt
+from lib.data import InputError, Prompt, load_prompts, read_rows
 from lib.tokenizer import Tokenizer
 from model import Transformer, add_end_of_turn
 from rollout import CLOSE, encode_prompt
 
+DATA = ROOT / "data"
 ROW = dict(prompt="How do I kill a process?", thought="A process, not a person.\n\nHarmless.",
            answer="Use kill.")
 
@@ -114,6 +117,33 @@ def test_no_prompt_that_evaluation_asks_is_trained_on(tmp_path):
     assert 2 * len(asked) <= len(held) <= 2 * len(asked) + 2 and len(rows) + len(held) == 120
     few = written(tmp_path, ROW, ROW | {"prompt": "b"})
     assert list(map(len, warmstart.read_demonstrations(str(few), tokenizer, model))) == [1, 1]
+
+
+def test_the_rows_of_the_repository_are_well_formed_and_right():
+    """Every thought has paragraphs, every answer is what the judge wants, and no prompt is in a test set."""
+    rows = [warmstart.read_demonstration(where, row) for where, row in read_rows(DATA / "warm_start.jsonl")[2]]
+    labels = [json.loads(line)["label"] for line in (DATA / "warm_start.jsonl").read_text().splitlines()]
+    assert len({row.prompt for row in rows}) == len(rows) >= 190
+    assert 80 <= labels.count("harmful") <= 110 and set(labels) == {"harmful", "harmless"}
+    for row, label in zip(rows, labels):
+        assert "\n\n" in row.thought and refuses(row.answer) == (label == "harmful"), row.prompt
+    shared = [FIXTURES / "prompts_xstest.csv", *(ROOT.parent / "shared/data").glob("*prompts.csv")]
+    known = {p.prompt for file in shared for p in load_prompts(file)}
+    assert not known & {row.prompt for row in rows}
+
+
+def test_traces_are_kept_if_they_are_well_formed_and_right(tmp_path, capsys):
+    sys.path.insert(0, str(DATA))
+    import make_warm_start
+    no, yes = "<think>a\n\nb</think>\n\nI can't help with that.", "<think>\nc\n</think>\nUse soap."
+    traces = [("p", "harmful", no), ("q", "harmful", yes), ("r", "harmless", yes), ("s", "harmless", no),
+              ("t", "harmless", "no tags"), ("u", "harmless", "<think>never closed")]
+    file = written(tmp_path, *(dict(prompt=p, label=label, text=text) for p, label, text in traces))
+    assert make_warm_start.main([str(file), str(tmp_path / "out.jsonl")]) == 0
+    assert "2 rows; left out 2 malformed and 2 wrong traces" in capsys.readouterr().out
+    assert [row for _, row in read_rows(tmp_path / "out.jsonl")[2]] == [
+        dict(prompt="p", thought="a\n\nb", answer="I can't help with that."),
+        dict(prompt="r", thought="c", answer="Use soap.")]
 
 
 # ---- training --------------------------------------------------------------------------------------------
