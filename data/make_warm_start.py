@@ -14,25 +14,24 @@ from lib.cli import Parser, exit_code  # noqa: E402
 from lib.data import InputError, expect, read_rows  # noqa: E402
 from warmstart import read_demonstration  # noqa: E402
 
-
 def main(arguments: list[str]) -> int:
-    parser = Parser(prog="make_warm_start.py", description=__doc__.split("\n")[0])
+    parser = Parser(prog="make_warm_start.py", description=__doc__)
     parser.add_argument("traces", type=Path)
     parser.add_argument("out", type=Path)
     given, kept, malformed, wrong = parser.parse_args(arguments), [], 0, 0
+    labels = ("harmful", "harmless")
     for where, row in read_rows(given.traces)[2]:
-        label = row.get("label")
-        expect(label in ("harmful", "harmless"), f"{where}: label", "harmful or harmless", label)
-        turns = [{"role": "user", "content": row.get("prompt")},
-                 {"role": "assistant", "content": row.get("text")}]
+        expect(row.get("label") in labels, f"{where}: label", " or ".join(labels), row.get("label"))
         try:
-            found = read_demonstration(where, {"messages": turns})
+            roles = zip(("user", "assistant"), (row.get("prompt"), row.get("text")))
+            found = read_demonstration(where, {"messages": [dict(role=r, content=t) for r, t in roles]})
         except InputError:
             malformed += 1
             continue
-        right = refuses(found.answer) == (label == "harmful")
-        wrong += not right
-        kept += [dict(prompt=found.prompt, thought=found.thought.strip(), answer=found.answer.strip())] * right
+        if refuses(found.answer) == (row["label"] == "harmful"):
+            kept.append({key: getattr(found, key).strip() for key in ("prompt", "thought", "answer")})
+        else:
+            wrong += 1
     checkpoint.write_rows(given.out, kept)
     print(f"{given.out}: {len(kept)} rows; left out {malformed} malformed and {wrong} wrong traces")
     return 0

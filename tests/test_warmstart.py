@@ -121,8 +121,9 @@ def test_no_prompt_that_evaluation_asks_is_trained_on(tmp_path):
 
 def test_the_rows_of_the_repository_are_well_formed_and_right():
     """Every thought has paragraphs, every answer is what the judge wants, and no prompt is in a test set."""
-    rows = [warmstart.read_demonstration(where, row) for where, row in read_rows(DATA / "warm_start.jsonl")[2]]
-    labels = [json.loads(line)["label"] for line in (DATA / "warm_start.jsonl").read_text().splitlines()]
+    table = read_rows(DATA / "warm_start.jsonl")[2]
+    rows = [warmstart.read_demonstration(where, row) for where, row in table]
+    labels = [row["label"] for _, row in table]
     assert len({row.prompt for row in rows}) == len(rows) >= 190
     assert 80 <= labels.count("harmful") <= 110 and set(labels) == {"harmful", "harmless"}
     for row, label in zip(rows, labels):
