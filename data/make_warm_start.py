@@ -1,8 +1,6 @@
-"""A file for --warm-start from a bigger model's traces:    python data/make_warm_start.py TRACES OUT
-
-TRACES is JSONL of {prompt, label, text}: harmful or harmless, and a response with its <think>...</think>. A
-trace is kept if it is well-formed and its answer refuses exactly if the prompt is harmful.
-"""
+"""A file for --warm-start from a bigger model's traces, JSONL of {prompt, label, text}: harmful or harmless,
+and a response with its <think>...</think>. A trace is kept if it is well-formed and its answer refuses
+exactly if the prompt is harmful.    python data/make_warm_start.py TRACES OUT"""
 import sys
 from pathlib import Path
 
@@ -14,24 +12,24 @@ from lib.cli import Parser, exit_code  # noqa: E402
 from lib.data import InputError, expect, read_rows  # noqa: E402
 from warmstart import read_demonstration  # noqa: E402
 
+
 def main(arguments: list[str]) -> int:
     parser = Parser(prog="make_warm_start.py", description=__doc__)
-    parser.add_argument("traces", type=Path)
-    parser.add_argument("out", type=Path)
+    for name in ("traces", "out"):
+        parser.add_argument(name, type=Path)
     given, kept, malformed, wrong = parser.parse_args(arguments), [], 0, 0
-    labels = ("harmful", "harmless")
     for where, row in read_rows(given.traces)[2]:
-        expect(row.get("label") in labels, f"{where}: label", " or ".join(labels), row.get("label"))
+        harmful = {"harmful": True, "harmless": False}.get(row.get("label"))
+        expect(harmful is not None, f"{where}: label", "harmful or harmless", row.get("label"))
         try:
             roles = zip(("user", "assistant"), (row.get("prompt"), row.get("text")))
             found = read_demonstration(where, {"messages": [dict(role=r, content=t) for r, t in roles]})
         except InputError:
             malformed += 1
             continue
-        if refuses(found.answer) == (row["label"] == "harmful"):
-            kept.append({key: getattr(found, key).strip() for key in ("prompt", "thought", "answer")})
-        else:
-            wrong += 1
+        texts, right = found._asdict(), refuses(found.answer) == harmful
+        kept += [{key: texts[key].strip() for key in ("prompt", "thought", "answer")}] * right
+        wrong += not right
     checkpoint.write_rows(given.out, kept)
     print(f"{given.out}: {len(kept)} rows; left out {malformed} malformed and {wrong} wrong traces")
     return 0
