@@ -17,9 +17,8 @@ from lib.data import InputError
 from lib.tokenizer import Tokenizer
 from model import Cache, Transformer
 
-OPEN, CLOSE = "<think>\n", "</think>"  # the opening tag ends the prompt; the closing one is sampled
+OPEN, CLOSE = "<think>\n", "</think>"  # of most models, and of the embedded world; see Tokenizer.tags
 BLANK_LINE = re.compile(rb"\n(?:[ \t\r]*\n)+")
-CLOSING_TAG = re.compile(rb"</think>\n*")  # with the newlines behind it, since some tokens hold both
 BEFORE, MESSAGE = "\ue000answer\ue000", "\ue000message\ue000"  # private-use marks to find text in a template
 MIN_ROWS = 16  # smaller matmuls round differently, and a rollout must not depend on the size of its batch
 LIVE_SHARE = 0.75  # below it finished rows are dropped from the batch
@@ -109,9 +108,12 @@ def next_token(model: Transformer, states: Tensor, u: Tensor, temperature: float
 def render_prompt(tokenizer: Tokenizer, text: str, after_answer: bool) -> str:
     """A user message in the chat template. after_answer: only what stands behind the model's answer before
     it. The template is asked to think, in the two usual ways, unless template_args says otherwise."""
+    system = [{"role": "system", "content": tokenizer.system}] * bool(tokenizer.system)
     turns = [{"role": "user", "content": "."}, {"role": "assistant", "content": BEFORE}] * after_answer
     variables = {"enable_thinking": True, "thinking": True} | tokenizer.template_args
-    whole = tokenizer.chat([*turns, {"role": "user", "content": text}], **variables)
+    whole = tokenizer.chat([*system, *turns, {"role": "user", "content": text}], **variables)
+    if tokenizer.system.strip() not in whole:
+        raise InputError(f"{tokenizer.folder}: the chat template drops the system prompt of --system")
     _, found, behind = whole.partition(BEFORE)
     if after_answer and not found:
         raise InputError(f"{tokenizer.folder}: the chat template drops the answer before a user's message")
@@ -131,22 +133,22 @@ def encode_prompt(tokenizer: Tokenizer, text: str, closed: bool = False,
     model's answer, whose stop token is missing. Special tokens in the message are encoded as plain text, so
     that a prompt cannot inject template tokens. Raises InputError if the template drops the message, changes
     its special tokens, or does not leave exactly one thought open."""
-    mark = unused_mark(text)
+    (opening, closing), mark = tokenizer.tags, unused_mark(text)
     hidden = tokenizer.hide_added(text, mark)
     whole = render_prompt(tokenizer, hidden, after_answer)
     _, found, end = render_prompt(tokenizer, MESSAGE, after_answer).rpartition(MESSAGE)
     if not found:
         raise InputError(f"{tokenizer.folder}: the chat template drops the user's message")
-    unopened = re.sub(r"<think>\s*\Z", "", end)
-    if not whole.endswith(end) or "<think>" in unopened or CLOSE in unopened:
+    unopened = re.sub(re.escape(opening) + r"\s*\Z", "", end)
+    if not whole.endswith(end) or opening in unopened or closing in unopened:
         raise InputError(f"{tokenizer.folder}: the chat template should open one thought behind the message "
                          f"(see --template-args), found a prompt that ends in {whole[-60:]!r}")
     plain = hidden.replace(mark, "")
     if plain != hidden and render_prompt(tokenizer, plain, after_answer) != whole.replace(mark, ""):
         raise InputError(f"{tokenizer.folder}: the chat template changes special tokens in a message, found "
                          f"the message {text[:200]!r}")
-    whole += OPEN * (unopened == end)
-    whole = whole.rstrip() + f"\n\n{CLOSE}\n\n" if closed else whole
+    whole += f"{opening}\n" * (unopened == end)
+    whole = whole.rstrip() + f"\n\n{closing}\n\n" if closed else whole
     return tokenizer.encode(whole, special=True, inside=after_answer, hidden_by=mark)
 
 
@@ -255,7 +257,7 @@ def archive_rows(archive: Cache, cache: Cache, live: Tensor) -> None:
 def assemble(sampled: tuple, prompts: list[list[int]], first: int, prefill: list[str], in_answer: bool,
              G: int, tokenizer: Tokenizer, stop_ids: list[int]) -> Rollouts:
     """Rollouts from prompts and what `decode` sampled, cut into segments."""
-    out, sampled_logprob, length, row_steps = sampled
+    (out, sampled_logprob, length, row_steps), close = sampled, tokenizer.tags[1]
     B, lengths = len(out), length.tolist()
     T = max(len(prompts[b // G]) + lengths[b] for b in range(B))
     tokens, segment = torch.zeros(B, T, dtype=torch.long), torch.full((B, T), -1)
@@ -264,11 +266,11 @@ def assemble(sampled: tuple, prompts: list[list[int]], first: int, prefill: list
         p, new, before = len(prompts[b // G]), out[b, :n], prefill[b // G]
         tokens[b, :p], tokens[b, p:p + n] = torch.tensor(prompts[b // G]), new
         logprob[b, p:p + n] = sampled_logprob[b, :n]
-        ids, text, closed[b] = split_segments(new.tolist(), in_answer or CLOSE in before, tokenizer, stop_ids)
+        ids, text, closed[b] = split_segments(new.tolist(), in_answer or close in before, tokenizer, stop_ids)
         segment[b, p:p + n] = torch.tensor(ids)
         texts.append(text)
     finished = torch.isin(out.gather(1, length[:, None] - 1)[:, 0], torch.tensor(stop_ids))
-    begun = [prefill[b // G].partition(CLOSE)[0] for b in range(B)]
+    begun = [prefill[b // G].partition(close)[0] for b in range(B)]
     return Rollouts(tokens, segment, logprob, finished, closed, torch.arange(B) // G + first, texts, begun, 0,
                     row_steps, [], torch.zeros(B, dtype=torch.long))
 
@@ -276,11 +278,12 @@ def assemble(sampled: tuple, prompts: list[list[int]], first: int, prefill: list
 def split_segments(tokens: list[int], closed: bool, tokenizer: Tokenizer, stop_ids: list[int]):
     """-> segment of each token, text of each segment, whether the thought is closed.
 
-    Boundaries are found on the text, because `</think>` and blank lines are tokenised differently from place
-    to place. A token belongs to the segment that holds its first byte."""
+    Boundaries are found on the text, because the closing tag and blank lines are tokenised differently from
+    place to place. A token belongs to the segment that holds its first byte."""
     pieces = [b"" if t in stop_ids else tokenizer.token_bytes(t) for t in tokens]
     whole = b"".join(pieces)
-    tag = None if closed else CLOSING_TAG.search(whole)
+    # With the newlines behind the tag, since some tokens hold both.
+    tag = None if closed else re.search(re.escape(tokenizer.tags[1]).encode() + rb"\n*", whole)
     closed = closed or tag is not None
     thought = tag.start() if tag else 0 if closed else len(whole)  # bytes of thought before the tag
     # A blank line ends a segment if the thought has text on both sides of it: no segment is empty, and the
@@ -337,7 +340,7 @@ def force_answers(model: Transformer, rollouts: Rollouts, tokenizer: Tokenizer, 
     """Closes thoughts early and samples answers: `samples` for each point (rollout, number of its thought
     tokens kept; sorted by rollout), '' for one without an end. The cache of keep_cache is forked at each
     point, so only the closing tag is prefilled. -> answers, extra tokens sampled."""
-    closing = tokenizer.encode(CLOSE + "\n\n", special=True, inside=True)
+    closing = tokenizer.encode(tokenizer.tags[1] + "\n\n", special=True, inside=True)
     sizes = np.cumsum([0] + [c.valid.shape[0] for c in rollouts.caches])  # first row of each part
     answers, extra = [], 0
     per_part = max(1, max_rows // samples)

@@ -85,6 +85,7 @@ class Config:
     prompts: str = knob("", "prompt file (JSONL, XSTest, OR-Bench, ...); empty: the embedded world")
     label: str = knob("", "label of all prompts of a file that has none", ("", "harmful", "harmless"))
     template_args: str = knob("", 'variables for the chat template, as JSON: {"enable_thinking": true}')
+    system: str = knob("", "system prompt of every chat: training, evaluation, warm start")
     judge: str = knob("alchemy", "alchemy (the world's verifier), rules, a guard's folder or a judge file")
     reward_model: str = knob("", "folder of a reward model for helpfulness; empty: 1 - refusal")
     out: str = knob("", "run folder; empty: runs/<objective>-seed<seed>")
@@ -274,7 +275,7 @@ def rollout_step(c: Config, model: Transformer, tokenizer: Tokenizer, judge: Jud
     rank, world = rank_and_world()
     prompts = step_prompts(c, pool, step)
     local = np.array_split(np.arange(len(prompts)), world)[rank].tolist()
-    no_thought, begun = c.objective == "no-thought", evaluate.injections(c, prompts, step)
+    no_thought, begun = c.objective == "no-thought", evaluate.injections(c, prompts, step, tokenizer.tags[1])
     tokens = [encode_prompt(tokenizer, prompts[i].prompt, no_thought) for i in local]
     sampling = dict(temperature=c.temperature, seed=c.seed, step=step, prompt_ids=local, max_rows=c.max_rows)
     rollouts = sample(model, tokens, tokenizer, group_size=c.group_size, max_new_tokens=c.max_new_tokens,
@@ -394,6 +395,8 @@ def parse(arguments: list[str]) -> Config:
     if c.prefill_share and c.objective == "no-thought":
         raise InputError("--prefill-share needs a thought to prefill, and --objective no-thought has none")
     c.max_new_tokens = c.max_new_tokens or 37 + 7 * c.chain
+    if c.system and not c.model:
+        raise InputError("--system needs --model: the embedded start model never saw a system prompt")
     if c.warm_start and not c.model:
         raise InputError("--warm-start needs --model: the embedded start model has its own demonstrations")
     if c.label and not c.prompts:

@@ -22,10 +22,10 @@ from kernels import segment_logprobs
 from lib import checkpoint, parallel
 from lib.data import InputError, Prompt, as_json, describe, expect, load_prompts, read_rows, whole_text
 from lib.parallel import all_max, all_sum, from_rank_0, rank_and_world, shard, wants_shards
-from lib.tokenizer import Tokenizer
+from lib.tokenizer import TAGS, Tokenizer
 from model import Transformer, add_end_of_turn, end_of_turn
 from rewards import PROBE_TOKENS
-from rollout import CLOSE, OPEN, check_length, encode_prompt, micro_batches, unused_mark
+from rollout import OPEN, check_length, encode_prompt, micro_batches, unused_mark
 
 # The embedded world's start model, from random weights.
 STEPS, BATCH, RATE = 900, 32, 3e-3  # supervised steps, demonstrations a step, peak learning rate
@@ -58,7 +58,8 @@ def read_inputs(c) -> list[Prompt]:
     if model.config.num_labels or tokenizer.n_tokens > model.config.vocab_size or not stops:
         raise InputError(f"{c.model} is not a causal language model to train: it has a score head, no "
                          "eos_token_id, or fewer embedding rows than its tokenizer has tokens")
-    forced = len(tokenizer.encode(CLOSE + "\n\n", special=True)) + min(c.max_new_tokens, PROBE_TOKENS)
+    closing = len(tokenizer.encode(tokenizer.tags[1] + "\n\n", special=True))
+    forced = closing + min(c.max_new_tokens, PROBE_TOKENS)
     for p in pool or alchemy.requests(1, c.seed, length=c.chain):
         tokens = encode_prompt(tokenizer, p.prompt, closed=True)
         check_length(room, len(tokens) + forced * (c.potential == "probe"), c.max_new_tokens,
@@ -103,6 +104,7 @@ def prepare_start(c, run: Path, device: str) -> None:
 
 def load_tokenizer(c, folder) -> Tokenizer:
     tokenizer = Tokenizer.from_pretrained(folder)
+    tokenizer.system = c.system
     tokenizer.template_args = as_json("--template-args", c.template_args or "{}")
     taken = {"self", "messages", "generation_prompt", "add_generation_prompt"} & set(tokenizer.template_args)
     expect(not taken, "--template-args", "variables that are not set here", sorted(taken))
@@ -139,23 +141,24 @@ class Demonstration(NamedTuple):
     where: str
 
 
-def read_demonstration(where: str, row: dict) -> Demonstration:
+def read_demonstration(where: str, row: dict, tags: tuple[str, str] = TAGS[0]) -> Demonstration:
     """A row {prompt, thought, answer}, or {messages} whose last content is a thought in its tags and then an
     answer. Raises InputError."""
-    opening = OPEN.strip()
+    opening, closing = tags
     if "messages" in row and not {"prompt", "thought", "answer"} <= row.keys():
         turns = row["messages"]
         roles = isinstance(turns, list) and [isinstance(turn, dict) and turn.get("role") for turn in turns]
-        expect(roles == ["user", "assistant"], f"{where}: messages", "one of user, one of assistant", turns)
+        expect(roles == ["user", "assistant"], f"{where}: messages", "one of user, one of assistant",
+               turns)
         prompt, text = (whole_text(f"{where}: content", turn.get("content")) for turn in turns)
         begin, found, rest = text.strip().partition(opening)
-        thought, closed, answer = rest.partition(CLOSE)
+        thought, closed, answer = rest.partition(closing)
         expect(found and closed and not begin, f"{where}: the last content",
-               f"{opening}, a thought, {CLOSE} and an answer", text)
+               f"{opening}, a thought, {closing} and an answer", text)
         row = dict(prompt=prompt, thought=thought, answer=answer)
     texts = [whole_text(f"{where}: {key}", row.get(key)) for key in ("prompt", "thought", "answer")]
     for key, text in zip(("thought", "answer"), texts[1:]):
-        expect(opening not in text and CLOSE not in text, f"{where}: {key}", "free of thought tags", text)
+        expect(opening not in text and closing not in text, f"{where}: {key}", "free of thought tags", text)
     return Demonstration(*texts, where)
 
 
@@ -165,7 +168,8 @@ def encode_demonstration(row: Demonstration, tokenizer: Tokenizer,
     are plain text, as in prompts. Raises InputError if the row exceeds the context."""
     prompt, mark = encode_prompt(tokenizer, row.prompt), unused_mark(row.thought + row.answer)
     thought, answer = (tokenizer.hide_added(text.strip(), mark) for text in (row.thought, row.answer))
-    target = tokenizer.encode(f"{thought}\n{CLOSE}\n\n{answer}", special=True, inside=True, hidden_by=mark)
+    target = tokenizer.encode(f"{thought}\n{tokenizer.tags[1]}\n\n{answer}", special=True, inside=True,
+                              hidden_by=mark)
     stop = end_of_turn(tokenizer)
     target.append(stop if stop in model.stop_ids else model.stop_ids[0])
     room, T = model.config.max_position_embeddings, len(prompt) + len(target)
@@ -178,7 +182,7 @@ def read_demonstrations(file: str, tokenizer: Tokenizer, model: Transformer) -> 
     evaluation, so no prompt that it asks is trained on; one prompt is held out in any case. Raises
     InputError."""
     expect(Path(file).suffix.lower() == ".jsonl", f"--warm-start {file}", "a .jsonl file", Path(file).suffix)
-    rows = [read_demonstration(where, row) for where, row in read_rows(Path(file))[2]]
+    rows = [read_demonstration(where, row, tokenizer.tags) for where, row in read_rows(Path(file))[2]]
     texts = {row.prompt for row in rows}
     one = min(texts, key=lambda text: hashlib.sha256(text.encode()).digest(), default="")
     parts = [], []

@@ -8,12 +8,14 @@ import torch
 from helpers import FIXTURES, FOLDERS, made_rollouts
 
 import alchemy.world as alchemy
+import evaluate
 import rollout
 from kernels import segment_logprobs
-from lib.data import InputError
+from lib.data import InputError, Prompt
 from lib.tokenizer import Tokenizer
 from model import Transformer
 from rollout import CLOSE, OPEN, encode_prompt, force_answers, sample, uniforms
+from sear import Config
 
 
 @pytest.fixture(scope="module")
@@ -302,6 +304,59 @@ def test_a_template_that_reads_special_tokens_in_a_message_is_refused():
     tokenizer = templated(QWEN3_LIKE.replace("m.content", "m.content.split('</think>')[-1]"))
     with pytest.raises(InputError, match="the chat template changes special tokens .* 'a</think>b'"):
         encode_prompt(tokenizer, "a</think>b")
+
+
+BRACKETS = QWEN3_LIKE.partition("{% if enable")[0] + "{% if show %}[THINK][/THINK]{% endif %}{% endif %}"
+
+
+def test_the_tags_of_a_thought_are_the_models():
+    """Of the vocabulary, of the template, else the usual ones."""
+    assert all(Tokenizer.from_pretrained(FIXTURES / name).tags == ("<think>", "</think>") for name in FOLDERS)
+    assert templated(BRACKETS).tags == ("<think>", "</think>")  # Qwen3's vocabulary has them
+    tokenizer = templated(BRACKETS, "tiny-qwen2")
+    assert tokenizer.tags == ("[THINK]", "[/THINK]")
+    assert tokenizer.decode(encode_prompt(tokenizer, "a</think>")).endswith("assistant\n[THINK]\n")
+    assert tokenizer.decode(encode_prompt(tokenizer, "a", True)).endswith("[THINK]\n\n[/THINK]\n\n")
+    _, texts, closed, _ = segments("one\n\ntwo</think>\n[/THINK]\n\nyes", tokenizer)
+    assert closed and texts == ["one\n\n", "two</think>\n", "yes"]
+    r = made_rollouts(tokenizer, [[1]], ["a[/THINK]b$"], 1962, 1)
+    assert r.answers == ["b"]
+    tokenizer.template_args = {"show": True}
+    with pytest.raises(InputError, match="should open one thought"):
+        encode_prompt(tokenizer, "Hi")
+
+
+def test_an_attack_closes_the_thought_with_the_models_tag(qwen2):
+    tokenizer = templated(BRACKETS, "tiny-qwen2")
+    prompts = [Prompt("Hi", "harmful")]
+    c = Config(prompts="p.csv", max_new_tokens=4)
+    r = evaluate.attacked("hijack", qwen2[0], tokenizer, prompts, [0], c)
+    assert r.closed.all() and evaluate.INJECTED + "[/THINK]\n\n" in tokenizer.decode(r.tokens[0])
+    assert r.prefill == [evaluate.WORKED + evaluate.INJECTED]
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_system_prompt_is_in_every_prompt(name, qwen2):
+    tokenizer = templated(QWEN3_LIKE, name)
+    tokenizer.system = "Think in <think> tags.\n"
+    begin = f"<|im_start|>system\n{tokenizer.system.strip()}<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+    for closed in (False, True):
+        assert begin + "<|im_start|>assistant\n<think>\n" in tokenizer.decode(
+            encode_prompt(tokenizer, "Hi", closed))
+    assert "system" not in tokenizer.decode(encode_prompt(tokenizer, "Hi", after_answer=True))
+    if name == "tiny-qwen2":  # every attack
+        c = Config(prompts="p.csv", max_new_tokens=4)
+        for attack in evaluate.ATTACKS:
+            r = evaluate.attacked(attack, qwen2[0], tokenizer, [Prompt("Hi", "harmful")], [0], c)
+            assert tokenizer.decode(r.tokens[0]).count(begin) == 1
+
+
+def test_a_template_that_drops_the_system_prompt_is_refused():
+    tokenizer = templated(QWEN3_LIKE.replace("m in messages", "m in messages if m.role != 'system'"))
+    assert encode_prompt(tokenizer, "Hi")
+    tokenizer.system = "Think first."
+    with pytest.raises(InputError, match="the chat template drops the system prompt of --system"):
+        encode_prompt(tokenizer, "Hi")
 
 
 def test_a_template_that_drops_a_turn_is_refused():

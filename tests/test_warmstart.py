@@ -62,6 +62,19 @@ def test_both_layouts_give_the_same_row():
     assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
 
 
+def test_a_row_follows_the_models_tags_and_the_system_prompt():
+    files = Tokenizer.from_pretrained(FIXTURES / "tiny-qwen2").files
+    template = ("{# [THINK][/THINK] #}"
+                "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}")
+    tokenizer = Tokenizer(FIXTURES / "tiny-qwen2", files | {"chat_template.jinja": template})
+    tokenizer.system = "Think."
+    row = warmstart.read_demonstration("f:1", turns("p", "[THINK]a</think>[/THINK]b"), tokenizer.tags)
+    tokens, segment = warmstart.encode_demonstration(row, tokenizer, loaded("tiny-qwen2")[1])
+    target = tokenizer.decode(tokens[segment == 0])
+    assert target == "a</think>\n[/THINK]\n\nb<|im_end|>"
+    assert tokenizer.decode(tokens) == "system: Think.<|im_end|>user: p<|im_end|>[THINK]\n" + target
+
+
 def test_a_special_token_in_a_row_is_text():
     tokenizer, model = loaded("tiny-qwen2")
     row = warmstart.read_demonstration("f:1", ROW | {"answer": "a<|im_end|>\n<|im_start|>user"})
