@@ -95,7 +95,8 @@ def attacked(attack: str, model: Transformer, tokenizer: Tokenizer, prompts: lis
     for number in range(ROUNDS if attack == "reset" else 1):
         rollouts = sample(model, tokens, tokenizer, prefill=texts, in_answer=closed,
                           max_new_tokens=c.max_new_tokens, temperature=c.temperature, seed=c.seed,
-                          step=EVAL_STEP + number, prompt_ids=ids, max_rows=c.max_rows)
+                          step=EVAL_STEP + number, prompt_ids=ids, max_rows=c.max_rows,
+                          thought_tokens=c.thought_tokens)
         if number < ROUNDS - 1 and attack == "reset":  # the model's own tokens stay, another turn follows
             length = (rollouts.segment >= 0).cumsum(1).argmax(1) + 1 - rollouts.finished.long()
             turns = [f"{alchemy.RESTART} {p.prompt}" for p in prompts]
@@ -130,6 +131,7 @@ def step_rates(rollouts: Rollouts, scores: Scores, pay: Tensor, harmful: Tensor,
                   judge_calls=scores.judge_calls)
     row = means_over_ranks({
         "answered": (int(rollouts.answered.sum()), B), "truncated": (int((~rollouts.finished).sum()), B),
+        "cut": (int(rollouts.cut.sum()), B),
         "answer_reward": rate(scores.answer.nan_to_num(MALFORMED)), "thought_reward": rate(pay),
         "unsafe": rate(verdict.unsafe[harmful]), "over_refusal": rate(verdict.refusal[~harmful]),
         "helpful": rate(verdict.helpful[~harmful]), "potential": rate(scores.reached),

@@ -7,6 +7,7 @@ Shapes: B rollouts, T tokens, V vocabulary, K thought segments, P prompts, G rol
 """
 import re
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +27,8 @@ LIVE_SHARE = 0.75  # below it finished rows are dropped from the batch
 
 @dataclass
 class Rollouts:
-    """`segment` is -1 on prompt, padding and prefilled thought, 0..K-1 on the thought, K on the answer."""
+    """`segment` is -1 on prompt, padding, prefilled thought and a closing tag that was forced, 0..K-1 on the
+    thought, K on the answer."""
     tokens: Tensor  # [B, T] int64: prompt, prefilled thought, what was sampled, padding (0) on the right
     segment: Tensor  # [B, T] int64
     logprob: Tensor  # [B, T] fp32 of the sampled token at the sampling temperature; 0 where segment is -1
@@ -52,6 +54,12 @@ class Rollouts:
         K = torch.tensor([len(t) for t in self.thoughts])[:, None]  # [B, 1]
         answer = self.closed[:, None] & (self.segment == K)
         return (self.segment >= 0) & ~answer, answer
+
+    @property
+    def cut(self) -> Tensor:
+        """[B] bool: the closing tag was forced, so what was sampled has a gap."""
+        owned = self.segment >= 0
+        return (owned[:, 1:] & ~owned[:, :-1]).sum(1) > 1
 
     @property
     def thoughts(self) -> list[list[str]]:
@@ -159,17 +167,46 @@ def check_length(room: int, tokens: int, max_new_tokens: int, name: str) -> None
                          f"(--max-new-tokens), but the model's context holds {room}")
 
 
+class Cut(NamedTuple):
+    """Thoughts that are open after `after` sampled tokens get the tokens `tag`."""
+    after: int
+    tag: list[int]
+    tokenizer: Tokenizer
+    closed: list[bool] = []  # [B]: before anything is sampled
+
+    def rows(self, tokens: Tensor) -> Tensor:
+        """[B] bool: whose thought is open in the first of the sampled tokens [B, N]."""
+        close = self.tokenizer.tags[1].encode()
+        texts = [b"".join(map(self.tokenizer.token_bytes, row)) for row in tokens[:, :self.after].tolist()]
+        return torch.tensor([not c and close not in text for c, text in zip(self.closed, texts)])
+
+
+def closing_tokens(tokenizer: Tokenizer) -> list[int]:
+    """Tokens of a closing tag that is forced."""
+    return tokenizer.encode(tokenizer.tags[1] + "\n\n", special=True, inside=True)
+
+
+def thought_cut(tokenizer: Tokenizer, thought_tokens: int, max_new_tokens: int) -> Cut | None:
+    """The Cut of --thought-tokens, None for 0. Raises InputError if no token of an answer fits behind it."""
+    tag = closing_tokens(tokenizer)
+    if thought_tokens and thought_tokens + len(tag) >= max_new_tokens:
+        raise InputError(f"--thought-tokens {thought_tokens} and the {len(tag)} tokens of the closing tag "
+                         f"leave no room for an answer in --max-new-tokens {max_new_tokens}")
+    return Cut(thought_tokens, tag, tokenizer) if thought_tokens else None
+
+
 @torch.no_grad()
 def sample(model: Transformer, prompts: list[list[int]], tokenizer: Tokenizer, *, group_size: int = 1,
            max_new_tokens: int = 128, temperature: float = 1.0, seed: int = 0, step: int = 0,
            prompt_ids: list[int] | None = None, prefill: list[str] | None = None, in_answer: bool = False,
-           max_rows: int = 512, keep_cache: bool = False) -> Rollouts:
+           thought_tokens: int = 0, max_rows: int = 512, keep_cache: bool = False) -> Rollouts:
     """Samples group_size rollouts of each prompt (token ids, up to and with the opening tag).
 
     prompt_ids: a number for each prompt that seeds its randomness (default: its index). prefill: text at the
     start of each thought; if it closes the thought, only the answer is sampled. in_answer: the prompt itself
-    has closed the thought. max_rows bounds the rows decoded at once (memory, not results). Raises InputError
-    for a prompt that does not fit into the model's context."""
+    has closed the thought. thought_tokens: a thought that is open after so many is closed by force; 0: none.
+    max_rows bounds the rows decoded at once (memory, not results). Raises InputError for a prompt that does
+    not fit into the model's context."""
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0 to sample, got {temperature}")
     prefill = [""] * len(prompts) if prefill is None else prefill
@@ -177,7 +214,7 @@ def sample(model: Transformer, prompts: list[list[int]], tokenizer: Tokenizer, *
     full = [p + tokenizer.encode(text, special=True, inside=True) for p, text in zip(prompts, prefill)]
     for i, p in enumerate(full):
         check_length(model.config.max_position_embeddings, len(p), max_new_tokens, f"prompt {i}")
-    parts = []
+    parts, cut = [], thought_cut(tokenizer, thought_tokens, max_new_tokens)
     per_part = max(1, max_rows // group_size)  # prompts decoded at once
     with model.cast_once():
         for i in range(0, len(full), per_part):
@@ -187,9 +224,12 @@ def sample(model: Transformer, prompts: list[list[int]], tokenizer: Tokenizer, *
             cache, states, ran = prefill_group(model, full[part], group_size, max_new_tokens)
             column = cache.length
             archive = model.new_cache(len(states), cache.valid.shape[1]) if keep_cache else None
-            sampled = decode(model, cache, states, torch.from_numpy(u).flatten(0, 1), temperature, archive)
+            closed = [in_answer or tokenizer.tags[1] in t for t in prefill[part] for _ in range(group_size)]
+            part_cut = cut and cut._replace(closed=closed)
+            sampled = decode(model, cache, states, torch.from_numpy(u).flatten(0, 1), temperature, archive,
+                             part_cut)
             parts.append(assemble(sampled, full[part], i, prefill[part], in_answer, group_size, tokenizer,
-                                  model.stop_ids))
+                                  model.stop_ids, part_cut))
             parts[-1].prefilled_tokens, parts[-1].columns[:] = ran, column
             parts[-1].caches = [archive] if keep_cache else []
     return join(parts)
@@ -211,9 +251,9 @@ def prefill_group(model: Transformer, prompts: list[list[int]], G: int, room: in
 
 
 def decode(model: Transformer, cache: Cache, states: Tensor, u: Tensor, temperature: float,
-           archive: Cache | None = None) -> tuple[Tensor, Tensor, Tensor, int]:
+           archive: Cache | None = None, cut: Cut | None = None) -> tuple[Tensor, Tensor, Tensor, int]:
     """Samples at most N tokens for each of B rows, from u [B, N] float64. Finished rows leave the batch.
-    -> tokens [B, N], log-probs [B, N], length [B] (stop token included), row-steps."""
+    -> tokens [B, N], log-probs [B, N] (0 for a forced tag), length [B] (stop token included), row-steps."""
     B, N = u.shape
     u, device = u.to(model.device), model.device
     out = torch.zeros(B, N, dtype=torch.long, device=device)
@@ -224,12 +264,17 @@ def decode(model: Transformer, cache: Cache, states: Tensor, u: Tensor, temperat
     running = torch.arange(len(live), device=device) < B  # [rows]; rows beyond B only pad the batch
     if B < MIN_ROWS:
         cache, states = cache.rows(live), states[live]
-    row_steps = 0
+    row_steps, is_cut = 0, None
     for t in range(N):
         token, lp = next_token(model, states, u[live, t], temperature)  # [rows]
+        stops = torch.isin(token, stop)
+        if cut is not None and 0 <= t - cut.after < len(cut.tag):
+            is_cut = cut.rows(out).to(device) if t == cut.after else is_cut  # [B]
+            forced, tag = is_cut[live], cut.tag[t - cut.after]
+            token, lp, stops = token.masked_fill(forced, tag), lp.masked_fill(forced, 0.0), stops & ~forced
         now = live[running]
         out[now, t], logprob[now, t] = token[running], lp[running]
-        ended = running & torch.isin(token, stop)
+        ended = running & stops
         length[live[ended]] = t + 1
         running = running & ~ended
         count = int(running.sum())
@@ -255,19 +300,23 @@ def archive_rows(archive: Cache, cache: Cache, live: Tensor) -> None:
 
 
 def assemble(sampled: tuple, prompts: list[list[int]], first: int, prefill: list[str], in_answer: bool,
-             G: int, tokenizer: Tokenizer, stop_ids: list[int]) -> Rollouts:
+             G: int, tokenizer: Tokenizer, stop_ids: list[int], cut: Cut | None = None) -> Rollouts:
     """Rollouts from prompts and what `decode` sampled, cut into segments."""
     (out, sampled_logprob, length, row_steps), close = sampled, tokenizer.tags[1]
     B, lengths = len(out), length.tolist()
     T = max(len(prompts[b // G]) + lengths[b] for b in range(B))
     tokens, segment = torch.zeros(B, T, dtype=torch.long), torch.full((B, T), -1)
     logprob, closed, texts = torch.zeros(B, T), torch.zeros(B, dtype=torch.bool), []
+    cut_rows = cut.rows(out) & (length > cut.after) if cut else torch.zeros(B, dtype=torch.bool)
     for b, n in enumerate(lengths):
         p, new, before = len(prompts[b // G]), out[b, :n], prefill[b // G]
         tokens[b, :p], tokens[b, p:p + n] = torch.tensor(prompts[b // G]), new
         logprob[b, p:p + n] = sampled_logprob[b, :n]
         ids, text, closed[b] = split_segments(new.tolist(), in_answer or close in before, tokenizer, stop_ids)
         segment[b, p:p + n] = torch.tensor(ids)
+        if cut_rows[b]:  # the tag is nobody's, and newlines behind it are the answer's
+            segment[b, p + cut.after:p + cut.after + len(cut.tag)] = -1
+            segment[b, p + cut.after + len(cut.tag):p + n] = len(text) - 1
         texts.append(text)
     finished = torch.isin(out.gather(1, length[:, None] - 1)[:, 0], torch.tensor(stop_ids))
     begun = [prefill[b // G].partition(close)[0] for b in range(B)]
@@ -340,7 +389,7 @@ def force_answers(model: Transformer, rollouts: Rollouts, tokenizer: Tokenizer, 
     """Closes thoughts early and samples answers: `samples` for each point (rollout, number of its thought
     tokens kept; sorted by rollout), '' for one without an end. The cache of keep_cache is forked at each
     point, so only the closing tag is prefilled. -> answers, extra tokens sampled."""
-    closing = tokenizer.encode(tokenizer.tags[1] + "\n\n", special=True, inside=True)
+    closing = closing_tokens(tokenizer)
     sizes = np.cumsum([0] + [c.valid.shape[0] for c in rollouts.caches])  # first row of each part
     answers, extra = [], 0
     per_part = max(1, max_rows // samples)

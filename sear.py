@@ -98,6 +98,7 @@ class Config:
     prompts_per_step: int = knob(32, "prompts of one step over all ranks; more means less noise", low=1)
     group_size: int = knob(8, "rollouts of one prompt (G), compared only with each other", low=2)
     max_new_tokens: int = knob(0, "thought and answer; longer is malformed; 0: 37 + 7 a reagent", low=0)
+    thought_tokens: int = knob(0, "an open thought is closed by force after so many tokens; 0: never", low=0)
     prefill_share: float = knob(0.0, "share of prompts whose thought starts with an attack", low=0, high=1)
     temperature: float = knob(1.0, "used to sample and to compute the log-probs that are trained", low=1e-3)
     max_rows: int = knob(512, "rollouts decoded at once: bounds the KV cache, changes no result", low=1)
@@ -280,7 +281,7 @@ def rollout_step(c: Config, model: Transformer, tokenizer: Tokenizer, judge: Jud
     sampling = dict(temperature=c.temperature, seed=c.seed, step=step, prompt_ids=local, max_rows=c.max_rows)
     rollouts = sample(model, tokens, tokenizer, group_size=c.group_size, max_new_tokens=c.max_new_tokens,
                       prefill=[begun[i] for i in local], in_answer=no_thought,
-                      keep_cache=c.potential == "probe", **sampling)
+                      thought_tokens=c.thought_tokens, keep_cache=c.potential == "probe", **sampling)
     sampled = time.perf_counter()
     each = [prompts[local[i]] for i in rollouts.prompt.tolist()]  # B
     probe = None

@@ -25,7 +25,15 @@ from lib.parallel import all_max, all_sum, from_rank_0, rank_and_world, shard, w
 from lib.tokenizer import TAGS, Tokenizer
 from model import Transformer, add_end_of_turn, end_of_turn
 from rewards import PROBE_TOKENS
-from rollout import OPEN, check_length, encode_prompt, micro_batches, unused_mark
+from rollout import (
+    OPEN,
+    check_length,
+    closing_tokens,
+    encode_prompt,
+    micro_batches,
+    thought_cut,
+    unused_mark,
+)
 
 # The embedded world's start model, from random weights.
 STEPS, BATCH, RATE = 900, 32, 3e-3  # supervised steps, demonstrations a step, peak learning rate
@@ -58,8 +66,8 @@ def read_inputs(c) -> list[Prompt]:
     if model.config.num_labels or tokenizer.n_tokens > model.config.vocab_size or not stops:
         raise InputError(f"{c.model} is not a causal language model to train: it has a score head, no "
                          "eos_token_id, or fewer embedding rows than its tokenizer has tokens")
-    closing = len(tokenizer.encode(tokenizer.tags[1] + "\n\n", special=True))
-    forced = closing + min(c.max_new_tokens, PROBE_TOKENS)
+    thought_cut(tokenizer, c.thought_tokens, c.max_new_tokens)
+    forced = len(closing_tokens(tokenizer)) + min(c.max_new_tokens, PROBE_TOKENS)
     for p in pool or alchemy.requests(1, c.seed, length=c.chain):
         tokens = encode_prompt(tokenizer, p.prompt, closed=True)
         check_length(room, len(tokens) + forced * (c.potential == "probe"), c.max_new_tokens,

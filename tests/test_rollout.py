@@ -374,16 +374,112 @@ def test_a_prompt_longer_than_the_context_is_refused(qwen2):
         sample(model, encode_prompts(tokenizer, ["Hi", "word " * 2100]), tokenizer, max_new_tokens=30)
 
 
+# ---- thoughts that are cut ------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def beginner(start):
+    """A model that closes some thoughts, with requests."""
+    model, tokenizer = Transformer.from_pretrained(start), Tokenizer.from_pretrained(start)
+    return model, tokenizer, encode_prompts(tokenizer, [p.prompt for p in alchemy.requests(8, 1)])
+
+
+OPTIONS = dict(group_size=4, max_new_tokens=60, seed=2, step=1)
+
+
+@pytest.mark.parametrize("keep_cache, max_rows", [(False, 512), (True, 8)])
+def test_a_long_thought_is_closed_and_nothing_else_changes(beginner, keep_cache, max_rows):
+    model, tokenizer, prompts = beginner
+    N, tag = 20, rollout.closing_tokens(tokenizer)
+    free = sample(model, prompts, tokenizer, **OPTIONS)
+    r = sample(model, prompts, tokenizer, thought_tokens=N, keep_cache=keep_cache, max_rows=max_rows,
+               **OPTIONS)
+    thought, answer = r.owners
+    kinds = set()
+    for b in range(len(r.prompt)):
+        p, n = len(prompts[b // 4]), int((free.segment[b] >= 0).sum())
+        end = p + int((r.segment[b] >= 0).sum()) + len(tag) * int(r.cut[b])
+        assert torch.equal(r.tokens[b, :p + N], free.tokens[b, :p + N])
+        open_ = CLOSE not in tokenizer.decode(free.tokens[b, p:p + N])
+        assert r.cut[b] == (open_ and n > N)
+        kinds.add((open_, n > N))
+        if not r.cut[b]:
+            m = min(r.tokens.shape[1], free.tokens.shape[1])
+            assert r.text[b] == free.text[b] and torch.equal(r.segment[b, :m], free.segment[b, :m])
+            continue
+        behind = p + N + len(tag)
+        assert r.tokens[b, p + N:behind].tolist() == tag and r.closed[b]
+        assert (r.segment[b, p + N:behind] == -1).all() and (r.logprob[b, p + N:behind] == 0).all()
+        assert thought[b, p:p + N].all() and not thought[b, p + N:].any()
+        assert answer[b, behind:end].all() and not answer[b, :behind].any() and end > behind
+        assert "".join(r.text[b][:-1]) == tokenizer.decode(r.tokens[b, p:p + N])
+    assert len(kinds) >= 3  # closed early, finished early or cut
+    full = model(r.tokens[:, :-1]).log_softmax(-1).gather(2, r.tokens[:, 1:, None])[..., 0]
+    owned = r.segment[:, 1:] >= 0
+    assert (full - r.logprob[:, 1:])[owned].abs().max() <= 1e-5
+
+
+def test_the_answer_behind_a_forced_tag_is_that_of_a_prefilled_thought(beginner):
+    """Its newlines too: the first one it samples is not the tag's, though text alone could not tell."""
+    model, tokenizer, prompts = beginner
+    cold = dict(seed=3, temperature=1e-6)
+    r = sample(model, prompts, tokenizer, thought_tokens=10, max_new_tokens=30, **cold)
+    behind = 10 + len(rollout.closing_tokens(tokenizer))
+    for b in r.cut.nonzero()[:, 0].tolist():
+        so_far = r.tokens[b, :len(prompts[b]) + 10].tolist()
+        again = sample(model, [so_far], tokenizer, prefill=[CLOSE + "\n\n"], **cold,
+                       max_new_tokens=30 - behind)
+        assert r.text[b][-1] == again.text[0][0]
+    assert r.cut.any()
+
+
+def test_newlines_behind_a_forced_tag_belong_to_the_answer(world):
+    _, tokenizer, model = world
+    ids = tokenizer.encode("a\n\nb") + rollout.closing_tokens(tokenizer) + tokenizer.encode("\n\nI")
+    after, out = len(tokenizer.encode("a\n\nb")), torch.tensor([ids])
+    cut = rollout.thought_cut(tokenizer, after, 100)._replace(closed=[False])
+    sampled = out, torch.full(out.shape, -1.0), torch.tensor([len(ids)]), 0
+    r = rollout.assemble(sampled, [[1]], 0, [""], False, 1, tokenizer, model.stop_ids, cut)
+    assert r.cut.all() and r.owners[1][0].sum() == len(tokenizer.encode("\n\nI"))
+    assert r.owners[0][0].sum() == after and r.thoughts == [["a\n\n", "b"]]
+
+
+def test_a_thought_that_prompt_or_prefill_closed_is_not_cut(beginner):
+    model, tokenizer, prompts = beginner
+    prefill = ["", "x\n\n" + CLOSE + "\n\n"] * 4
+    r = sample(model, prompts, tokenizer, prefill=prefill, thought_tokens=4, **OPTIONS)
+    free = sample(model, prompts, tokenizer, prefill=prefill, **OPTIONS)
+    assert not r.cut.view(4, 2, 4)[:, 1].any() and r.cut.view(4, 2, 4)[:, 0].any()
+    assert all(r.text[b] == free.text[b] for b in range(32) if not r.cut[b])
+    closed = [encode_prompt(tokenizer, "Hi", closed=True)]
+    assert not sample(model, closed, tokenizer, in_answer=True, thought_tokens=4, **OPTIONS).cut.any()
+
+
+def test_a_stop_token_in_the_forced_tag_ends_no_rollout(beginner, monkeypatch):
+    model, tokenizer, prompts = beginner
+    monkeypatch.setattr(model, "stop_ids", rollout.closing_tokens(tokenizer)[-1:])
+    r = sample(model, prompts, tokenizer, thought_tokens=3, **OPTIONS)
+    assert r.cut.any() and (r.owners[1].sum(1) > 0)[r.cut].all()
+
+
+def test_a_cut_without_room_for_an_answer_is_refused(beginner):
+    model, tokenizer, prompts = beginner
+    n = len(rollout.closing_tokens(tokenizer))
+    assert sample(model, prompts, tokenizer, thought_tokens=8, max_new_tokens=9 + n).cut.any()
+    with pytest.raises(InputError, match=f"--thought-tokens 8 and the {n} tokens .* no room for an answer"):
+        sample(model, prompts, tokenizer, thought_tokens=8, max_new_tokens=8 + n)
+
+
 # ---- forced answers --------------------------------------------------------------------------------------
 
-def test_forced_answers_equal_those_of_a_prefilled_thought(world):
+@pytest.mark.parametrize("thought_tokens", [0, 12])
+def test_forced_answers_equal_those_of_a_prefilled_thought(world, thought_tokens):
     """Nearly greedy, so that a fork of the cache and the thought prefilled from the start give one answer."""
     _, tokenizer, model = world
     prompts = [encode_prompt(tokenizer, p.prompt) for p in alchemy.requests(3, 1)]
     seeds = dict(seed=3, step=1)
     cold = dict(temperature=1e-6, max_new_tokens=6, **seeds)
     r = sample(model, prompts, tokenizer, group_size=2, max_new_tokens=24, max_rows=4, keep_cache=True,
-               **seeds)
+               thought_tokens=thought_tokens, **seeds)
     points = [(b, n) for b in range(6) for n in (0, 5, 11)]
     answers, extra = force_answers(model, r, tokenizer, points, samples=2, prompt_ids=[0, 1, 2], max_rows=8,
                                    **cold)

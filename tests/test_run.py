@@ -284,6 +284,7 @@ def test_a_failed_save_keeps_the_old_files(tmp_path):
 
 @pytest.mark.parametrize("flags", [*(f"--objective {name}" for name in list(sear.OBJECTIVES)[1:]),
                                    "--potential probe", "--updates 2", "--prefill-share 0.6",
+                                   "--thought-tokens 12", "--thought-tokens 9 --potential probe",
                                    "--gamma 0.5", "--potential probe --group-size 3 --prompts-per-step 1"])
 def test_every_objective_and_potential_runs(start, tmp_path, flags):
     out, short = tmp_path / "run", "--steps 2 --eval-prompts 1".split()
@@ -293,6 +294,7 @@ def test_every_objective_and_potential_runs(start, tmp_path, flags):
     assert row["logprob_gap"] <= 1e-5
     assert (row["probe_tokens"] > 0) == ("probe" in flags)
     assert (row["thought_tokens"] == 0) == ("no-thought" in flags)
+    assert (row["cut"] > 0) == ("thought-tokens" in flags)
 
 
 REAL = ("--judge rules --steps 2 --prompts-per-step 6 --group-size 4 --max-new-tokens 24 --eval-prompts 2 "
@@ -360,7 +362,8 @@ def test_bad_models_and_devices_are_refused_before_the_run_folder_exists(start, 
     (endless / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
     cases = [(["--model", FIXTURES / "tiny-reward"], "score head"), (["--model", endless], "no eos_token_id"),
              (["--model", tmp_path / "nowhere"], "nowhere/tokenizer.json"),
-             (["--max-new-tokens", "600"], "context holds 512")]
+             (["--max-new-tokens", "600"], "context holds 512"),
+             (["--thought-tokens", "24"], "leave no room for an answer in --max-new-tokens 24")]
     if not torch.cuda.is_available():
         cases.append((["--device", "cuda"], "no CUDA device"))
     for flags, message in cases:
