@@ -408,7 +408,7 @@ def parse(arguments: list[str]) -> Config:
 
 
 def main(arguments: list[str]) -> int:
-    """-> exit code: 0 done or SIGTERM, 1 disk, lost rank or too many bad steps, 2 bad input, 130 Ctrl-C."""
+    """-> exit code: 0 done or SIGTERM, 1 disk, lost rank or Diverged, 2 bad input, 130 Ctrl-C."""
     def run() -> int:
         c = parse(arguments)
         with checkpoint.stop_signals() as received, parallel.process_group(alone=c.shard == "yes"):
