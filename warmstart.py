@@ -25,15 +25,7 @@ from lib.parallel import all_max, all_sum, from_rank_0, rank_and_world, shard, w
 from lib.tokenizer import TAGS, Tokenizer
 from model import Transformer, add_end_of_turn, end_of_turn
 from rewards import PROBE_TOKENS
-from rollout import (
-    OPEN,
-    check_length,
-    closing_tokens,
-    encode_prompt,
-    micro_batches,
-    thought_cut,
-    unused_mark,
-)
+from rollout import check_length, closing_tokens, encode_prompt, micro_batches, thought_cut, unused_mark
 
 # The embedded world's start model, from random weights.
 STEPS, BATCH, RATE = 900, 32, 3e-3  # supervised steps, demonstrations a step, peak learning rate
@@ -157,7 +149,7 @@ def read_demonstration(where: str, row: dict, tags: tuple[str, str] = TAGS[0]) -
         turns = row["messages"]
         roles = isinstance(turns, list) and [isinstance(turn, dict) and turn.get("role") for turn in turns]
         expect(roles == ["user", "assistant"], f"{where}: messages", "one of user, one of assistant",
-               turns)
+               roles or turns)
         prompt, text = (whole_text(f"{where}: content", turn.get("content")) for turn in turns)
         begin, found, rest = text.strip().partition(opening)
         thought, closed, answer = rest.partition(closing)
@@ -304,7 +296,7 @@ def fluency(model: Transformer, tokenizer: Tokenizer, chain: int) -> float:
         rows = []
         for p in alchemy.requests(40, 0, length=chain):
             chat = tokenizer.chat([{"role": "user", "content": p.prompt}])
-            prompt = tokenizer.encode(chat + OPEN + begin, special=True)
+            prompt = tokenizer.encode(f"{chat}{tokenizer.tags[0]}\n{begin}", special=True)
             rows.append(prompt + tokenizer.encode("".join(alchemy.worked_lines(alchemy.chain_of(p.prompt)))))
         tokens = torch.tensor(rows, device=device)  # [40, T]: all requests have as many tokens
         logprob = model(tokens[:, :-1]).log_softmax(-1).gather(2, tokens[:, 1:, None])[:, len(prompt) - 1:, 0]

@@ -33,7 +33,7 @@ README = (ROOT / "README.md").read_text()
 PAGES = {"README.md": README} | {f"docs/{p.name}": p.read_text() for p in sorted(ROOT.glob("docs/*.md"))}
 ENVIRONMENT = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
 SHORT = "--steps 2 --prompts-per-step 2 --group-size 2 --eval-prompts 1 --max-new-tokens 12".split()
-ORDER = "lib model rollout alchemy judges rewards evaluate warmstart sear".split()  # imports point left
+ORDER = "lib model rollout alchemy judges rewards evaluate warmstart data sear".split()  # imports point left
 LAYER = {name: i for i, name in enumerate(ORDER)} | {"kernels": 0}
 SOURCES = [p for p in sorted(ROOT.rglob("*.py"))
            if not any(part in ("tests", "runs") or part[0] == "." for part in p.relative_to(ROOT).parts)]
