@@ -297,18 +297,24 @@ class Transformer(nn.Module):
                 (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def add_end_of_turn(model: Transformer, tokenizer) -> None:
-    """Adds to model.stop_ids the token that the chat template writes behind an answer. A base model that was
-    fine-tuned to chat often keeps the old eos_token_id, and would then never stop. Raises InputError if the
-    template drops the answer."""
+def end_of_turn(tokenizer) -> int | None:
+    """The added token that the chat template writes behind an answer, None without one. Raises InputError if
+    the template drops the answer."""
     answer = "answer 40917"
     messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
     text = tokenizer.chat(messages, generation_prompt=False)
     expect(answer in text, f"{tokenizer.folder}: the chat template", "one that renders answers", text)
     behind = tokenizer.encode(text.rpartition(answer)[2].lstrip(), special=True)
-    if not behind or behind[0] in model.stop_ids or behind[0] not in tokenizer.added.values():
+    return behind[0] if behind and behind[0] in tokenizer.added.values() else None
+
+
+def add_end_of_turn(model: Transformer, tokenizer) -> None:
+    """Adds end_of_turn to model.stop_ids. A base model that was fine-tuned to chat often keeps the old
+    eos_token_id, and would then never stop."""
+    token = end_of_turn(tokenizer)
+    if token is None or token in model.stop_ids:
         return
-    model.stop_ids.append(behind[0])
+    model.stop_ids.append(token)
     model.generation["eos_token_id"] = [*model.stop_ids]  # saved with the trained model
     notice(f"{tokenizer.folder.resolve()}: the chat template ends an answer with "
-           f"{tokenizer.decode(behind[:1])!r}, which is now a stop token; eos_token_id does not name it")
+           f"{tokenizer.decode([token])!r}, which is now a stop token; eos_token_id does not name it")

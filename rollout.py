@@ -7,6 +7,7 @@ Shapes: B rollouts, T tokens, V vocabulary, K thought segments, P prompts, G rol
 """
 import re
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,9 +18,8 @@ from lib.data import InputError
 from lib.tokenizer import Tokenizer
 from model import Transformer
 
-OPEN, CLOSE = "<think>\n", "</think>"  # the opening tag ends the prompt; the closing one is sampled
+OPEN, CLOSE = "<think>\n", "</think>"  # of most models, and of the embedded world; see Tokenizer.tags
 BLANK_LINE = re.compile(rb"\n(?:[ \t\r]*\n)+")
-CLOSING_TAG = re.compile(rb"</think>\n*")  # with the newlines behind it, since some tokens hold both
 BEFORE, MESSAGE = "\ue000answer\ue000", "\ue000message\ue000"  # private-use marks to find text in a template
 MIN_ROWS = 16  # smaller matmuls round differently, and a rollout must not depend on the size of its batch
 LIVE_SHARE = 0.75  # below it finished rows are dropped from the batch
@@ -29,7 +29,8 @@ CACHE_BLOCK = 512  # columns by which a cache grows, since few rollouts use all 
 
 @dataclass
 class Rollouts:
-    """`segment` is -1 on prompt, padding and prefilled thought, 0..K-1 on the thought, K on the answer."""
+    """`segment` is -1 on prompt, padding, prefilled thought and a closing tag that was forced, 0..K-1 on the
+    thought, K on the answer."""
     tokens: Tensor  # [B, T] int64: prompt, prefilled thought, what was sampled, padding (0) on the right
     segment: Tensor  # [B, T] int64
     logprob: Tensor  # [B, T] fp32 of the sampled token at the sampling temperature; 0 where segment is -1
@@ -51,8 +52,7 @@ class Rollouts:
     @property
     def length(self) -> Tensor:
         """[B] columns up to and with the last sampled token."""
-        owned = self.segment >= 0
-        return (torch.arange(owned.shape[1]) * owned).amax(1) + 1
+        return (torch.arange(self.segment.shape[1]) * (self.segment >= 0)).amax(1) + 1
 
     @property
     def answered(self) -> Tensor:
@@ -66,6 +66,12 @@ class Rollouts:
         K = torch.tensor([len(t) for t in self.thoughts])[:, None]  # [B, 1]
         answer = self.closed[:, None] & (self.segment == K)
         return (self.segment >= 0) & ~answer, answer
+
+    @property
+    def cut(self) -> Tensor:
+        """[B] bool: the closing tag was forced, so what was sampled has a gap."""
+        owned = self.segment >= 0
+        return (owned[:, 1:] & ~owned[:, :-1]).sum(1) > 1
 
     @property
     def thoughts(self) -> list[list[str]]:
@@ -118,13 +124,21 @@ def next_token(model: Transformer, states: Tensor, u: Tensor, temperature: float
 def render_prompt(tokenizer: Tokenizer, text: str, after_answer: bool) -> str:
     """A user message in the chat template. after_answer: only what stands behind the model's answer before
     it. The template is asked to think, in the two usual ways, unless template_args says otherwise."""
+    system = [{"role": "system", "content": tokenizer.system}] * bool(tokenizer.system)
     turns = [{"role": "user", "content": "."}, {"role": "assistant", "content": BEFORE}] * after_answer
     variables = {"enable_thinking": True, "thinking": True} | tokenizer.template_args
-    whole = tokenizer.chat([*turns, {"role": "user", "content": text}], **variables)
+    whole = tokenizer.chat([*system, *turns, {"role": "user", "content": text}], **variables)
+    if tokenizer.system.strip() not in whole:
+        raise InputError(f"{tokenizer.folder}: the chat template drops the system prompt of --system")
     _, found, behind = whole.partition(BEFORE)
     if after_answer and not found:
         raise InputError(f"{tokenizer.folder}: the chat template drops the answer before a user's message")
     return behind if after_answer else whole
+
+
+def unused_mark(text: str) -> str:
+    """A private-use character that is not in the text, for Tokenizer.hide_added."""
+    return next(char for char in map(chr, range(0xE001, 0xF900)) if char not in text)
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, closed: bool = False,
@@ -135,22 +149,22 @@ def encode_prompt(tokenizer: Tokenizer, text: str, closed: bool = False,
     model's answer, whose stop token is missing. Special tokens in the message are encoded as plain text, so
     that a prompt cannot inject template tokens. Raises InputError if the template drops the message, changes
     its special tokens, or does not leave exactly one thought open."""
-    mark = next(char for char in map(chr, range(0xE001, 0xF900)) if char not in text)
+    (opening, closing), mark = tokenizer.tags, unused_mark(text)
     hidden = tokenizer.hide_added(text, mark)
     whole = render_prompt(tokenizer, hidden, after_answer)
     _, found, end = render_prompt(tokenizer, MESSAGE, after_answer).rpartition(MESSAGE)
     if not found:
         raise InputError(f"{tokenizer.folder}: the chat template drops the user's message")
-    unopened = re.sub(r"<think>\s*\Z", "", end)
-    if not whole.endswith(end) or "<think>" in unopened or CLOSE in unopened:
+    unopened = re.sub(re.escape(opening) + r"\s*\Z", "", end)
+    if not whole.endswith(end) or opening in unopened or closing in unopened:
         raise InputError(f"{tokenizer.folder}: the chat template should open one thought behind the message "
                          f"(see --template-args), found a prompt that ends in {whole[-60:]!r}")
     plain = hidden.replace(mark, "")
     if plain != hidden and render_prompt(tokenizer, plain, after_answer) != whole.replace(mark, ""):
         raise InputError(f"{tokenizer.folder}: the chat template changes special tokens in a message, found "
                          f"the message {text[:200]!r}")
-    whole += OPEN * (unopened == end)
-    whole = whole.rstrip() + f"\n\n{CLOSE}\n\n" if closed else whole
+    whole += f"{opening}\n" * (unopened == end)
+    whole = whole.rstrip() + f"\n\n{closing}\n\n" if closed else whole
     return tokenizer.encode(whole, special=True, inside=after_answer, hidden_by=mark)
 
 
@@ -161,25 +175,52 @@ def check_length(room: int, tokens: int, max_new_tokens: int, name: str) -> None
                          f"(--max-new-tokens), but the model's context holds {room}")
 
 
+class Cut(NamedTuple):
+    """Thoughts that are open after `after` sampled tokens get the tokens `tag`."""
+    after: int
+    tag: list[int]
+    tokenizer: Tokenizer
+    closed: list[bool] = []  # [B]: before anything is sampled
+
+    def rows(self, tokens: Tensor) -> Tensor:
+        """[B] bool: whose thought is open in the first of the sampled tokens [B, N]."""
+        close = self.tokenizer.tags[1].encode()
+        texts = [b"".join(map(self.tokenizer.token_bytes, row)) for row in tokens[:, :self.after].tolist()]
+        return torch.tensor([not c and close not in text for c, text in zip(self.closed, texts)])
+
+
+def closing_tokens(tokenizer: Tokenizer) -> list[int]:
+    """Tokens of a closing tag that is forced."""
+    return tokenizer.encode(tokenizer.tags[1] + "\n\n", special=True, inside=True)
+
+
+def thought_cut(tokenizer: Tokenizer, thought_tokens: int, max_new_tokens: int) -> Cut | None:
+    """The Cut of --thought-tokens, None for 0. Raises InputError if no token of an answer fits behind it."""
+    tag = closing_tokens(tokenizer)
+    if thought_tokens and thought_tokens + len(tag) >= max_new_tokens:
+        raise InputError(f"--thought-tokens {thought_tokens} and the {len(tag)} tokens of the closing tag "
+                         f"leave no room for an answer in --max-new-tokens {max_new_tokens}")
+    return Cut(thought_tokens, tag, tokenizer) if thought_tokens else None
+
+
 @torch.no_grad()
 def sample(model: Transformer, prompts: list[list[int]], tokenizer: Tokenizer, *, group_size: int = 1,
            max_new_tokens: int = 128, temperature: float = 1.0, seed: int = 0, step: int = 0,
            prompt_ids: list[int] | None = None, prefill: list[str] | None = None, in_answer: bool = False,
-           max_rows: int = 512, keep_cache: bool = False) -> Rollouts:
+           thought_tokens: int = 0, max_rows: int = 512, keep_cache: bool = False) -> Rollouts:
     """Samples group_size rollouts of each prompt (token ids, up to and with the opening tag).
 
     prompt_ids: a number for each prompt that seeds its randomness (default: its index). prefill: text at the
     start of each thought; if it closes the thought, only the answer is sampled. in_answer: the prompt itself
-    has closed the thought. max_rows bounds the rows decoded at once (memory, not results). Raises InputError
-    for a prompt that does not fit into the model's context."""
-    if not temperature > 0:
-        raise ValueError(f"temperature must be > 0 to sample, got {temperature}")
+    has closed the thought. thought_tokens: a thought that is open after so many is closed by force; 0: none.
+    max_rows bounds the rows decoded at once (memory, not results). Raises InputError for a prompt that does
+    not fit into the model's context."""
     prefill = [""] * len(prompts) if prefill is None else prefill
     prompt_ids = list(range(len(prompts))) if prompt_ids is None else prompt_ids
     full = [p + tokenizer.encode(text, special=True, inside=True) for p, text in zip(prompts, prefill)]
     for i, p in enumerate(full):
         check_length(model.config.max_position_embeddings, len(p), max_new_tokens, f"prompt {i}")
-    parts = []
+    parts, cut = [], thought_cut(tokenizer, thought_tokens, max_new_tokens)
     per_part = max(1, max_rows // group_size)  # prompts decoded at once
     with model.cast_once():
         for i in range(0, len(full), per_part):
@@ -189,9 +230,12 @@ def sample(model: Transformer, prompts: list[list[int]], tokenizer: Tokenizer, *
             cache, states, ran = prefill_group(model, full[part], group_size)
             column = cache.length
             archive = model.new_cache(len(states), column) if keep_cache else None
-            sampled = decode(model, cache, states, torch.from_numpy(u).flatten(0, 1), temperature, archive)
+            closed = [in_answer or tokenizer.tags[1] in t for t in prefill[part] for _ in range(group_size)]
+            part_cut = cut and cut._replace(closed=closed)
+            sampled = decode(model, cache, states, torch.from_numpy(u).flatten(0, 1), temperature, archive,
+                             part_cut)
             parts.append(assemble(sampled, full[part], i, prefill[part], in_answer, group_size, tokenizer,
-                                  model.stop_ids))
+                                  model.stop_ids, part_cut))
             parts[-1].prefilled_tokens, parts[-1].columns[:] = ran, column
             parts[-1].caches = [archive] if keep_cache else []
     return join(parts)
@@ -213,9 +257,9 @@ def prefill_group(model: Transformer, prompts: list[list[int]], G: int) -> tuple
 
 
 def decode(model: Transformer, cache: Cache, states: Tensor, u: Tensor, temperature: float,
-           archive: Cache | None = None) -> tuple[Tensor, Tensor, Tensor, int]:
+           archive: Cache | None = None, cut: Cut | None = None) -> tuple[Tensor, Tensor, Tensor, int]:
     """Samples at most N tokens for each of B rows, from u [B, N] float64. Finished rows leave the batch.
-    -> tokens [B, N], log-probs [B, N], length [B] (stop token included), row-steps."""
+    -> tokens [B, N], log-probs [B, N] (0 for a forced tag), length [B] (stop token included), row-steps."""
     (B, N), device, every = u.shape, model.device, LOOK_EVERY[model.device.type]
     u = u.to(device)
     out = torch.zeros(B, N, dtype=torch.long, device=device)
@@ -226,12 +270,17 @@ def decode(model: Transformer, cache: Cache, states: Tensor, u: Tensor, temperat
     running = torch.ones_like(live, dtype=torch.bool)  # [rows]
     if B < MIN_ROWS:
         cache, states = cache.rows(live), states[live]
-    row_steps = 0
+    row_steps, is_cut = 0, None
     for t in range(N):
         token, lp = next_token(model, states, u[live, t], temperature)  # [rows]
+        stops = (token[:, None] == stop).any(1)
+        if cut is not None and 0 <= t - cut.after < len(cut.tag):
+            is_cut = cut.rows(out).to(device) if t == cut.after else is_cut  # [B]
+            forced, tag = is_cut[live], cut.tag[t - cut.after]
+            token, lp, stops = token.masked_fill(forced, tag), lp.masked_fill(forced, 0.0), stops & ~forced
         out[live, t], logprob[live, t] = token.where(running, 0), lp.where(running, 0.0)
         length[live] += running
-        running = running & (token[:, None] != stop).all(1)
+        running = running & ~stops
         last = t == N - 1
         if last or t % every == every - 1:
             count = int(running.sum())
@@ -265,22 +314,26 @@ def archive_rows(archive: Cache, cache: Cache, live: Tensor) -> None:
 
 
 def assemble(sampled: tuple, prompts: list[list[int]], first: int, prefill: list[str], in_answer: bool,
-             G: int, tokenizer: Tokenizer, stop_ids: list[int]) -> Rollouts:
+             G: int, tokenizer: Tokenizer, stop_ids: list[int], cut: Cut | None = None) -> Rollouts:
     """Rollouts from prompts and what `decode` sampled, cut into segments."""
-    out, sampled_logprob, length, row_steps = sampled
+    (out, sampled_logprob, length, row_steps), close = sampled, tokenizer.tags[1]
     B, lengths = len(out), length.tolist()
     T = max(len(prompts[b // G]) + lengths[b] for b in range(B))
     tokens, segment = torch.zeros(B, T, dtype=torch.long), torch.full((B, T), -1)
     logprob, closed, texts = torch.zeros(B, T), torch.zeros(B, dtype=torch.bool), []
+    cut_rows = cut.rows(out) & (length > cut.after) if cut else torch.zeros(B, dtype=torch.bool)
     for b, n in enumerate(lengths):
         p, new, before = len(prompts[b // G]), out[b, :n], prefill[b // G]
         tokens[b, :p], tokens[b, p:p + n] = torch.tensor(prompts[b // G]), new
         logprob[b, p:p + n] = sampled_logprob[b, :n]
-        ids, text, closed[b] = split_segments(new.tolist(), in_answer or CLOSE in before, tokenizer, stop_ids)
+        ids, text, closed[b] = split_segments(new.tolist(), in_answer or close in before, tokenizer, stop_ids)
         segment[b, p:p + n] = torch.tensor(ids)
+        if cut_rows[b]:  # the tag is nobody's, and newlines behind it are the answer's
+            segment[b, p + cut.after:p + cut.after + len(cut.tag)] = -1
+            segment[b, p + cut.after + len(cut.tag):p + n] = len(text) - 1
         texts.append(text)
     finished = torch.isin(out.gather(1, length[:, None] - 1)[:, 0], torch.tensor(stop_ids))
-    begun = [prefill[b // G].partition(CLOSE)[0] for b in range(B)]
+    begun = [prefill[b // G].partition(close)[0] for b in range(B)]
     return Rollouts(tokens, segment, logprob, finished, closed, torch.arange(B) // G + first, texts, begun, 0,
                     row_steps, [], torch.zeros(B, dtype=torch.long))
 
@@ -288,11 +341,12 @@ def assemble(sampled: tuple, prompts: list[list[int]], first: int, prefill: list
 def split_segments(tokens: list[int], closed: bool, tokenizer: Tokenizer, stop_ids: list[int]):
     """-> segment of each token, text of each segment, whether the thought is closed.
 
-    Boundaries are found on the text, because `</think>` and blank lines are tokenised differently from place
-    to place. A token belongs to the segment that holds its first byte."""
+    Boundaries are found on the text, because the closing tag and blank lines are tokenised differently from
+    place to place. A token belongs to the segment that holds its first byte."""
     pieces = [b"" if t in stop_ids else tokenizer.token_bytes(t) for t in tokens]
     whole = b"".join(pieces)
-    tag = None if closed else CLOSING_TAG.search(whole)
+    # With the newlines behind the tag, since some tokens hold both.
+    tag = None if closed else re.search(re.escape(tokenizer.tags[1]).encode() + rb"\n*", whole)
     closed = closed or tag is not None
     thought = tag.start() if tag else 0 if closed else len(whole)  # bytes of thought before the tag
     # A blank line ends a segment if the thought has text on both sides of it: no segment is empty, and the
@@ -338,7 +392,7 @@ def force_answers(model: Transformer, rollouts: Rollouts, tokenizer: Tokenizer, 
     """Closes thoughts early and samples answers: `samples` for each point (rollout, number of its thought
     tokens kept; sorted by rollout), '' for one without an end. The cache of keep_cache is forked at each
     point, so only the closing tag is prefilled. -> answers, extra tokens sampled."""
-    closing = tokenizer.encode(CLOSE + "\n\n", special=True, inside=True)
+    closing = closing_tokens(tokenizer)
     sizes = np.cumsum([0] + [c.valid.shape[0] for c in rollouts.caches])  # first row of each part
     answers, extra = [], 0
     per_part = max(1, max_rows // samples)

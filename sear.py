@@ -86,10 +86,12 @@ class Config:
     # Task
     objective: str = knob("sear", "reward scheme; everything else is the same for all", tuple(OBJECTIVES))
     model: str = knob("", "Hugging Face folder to start from; empty: a small start model is trained first")
+    warm_start: str = knob("", "JSONL of prompt, thought and answer to imitate before RL, from --model")
     prompts: str = knob("", "prompt file (JSONL, XSTest, OR-Bench, ...); empty: the embedded world")
     label: str = knob("", "label of all prompts of a file that has none", ("", "harmful", "harmless"))
     eval_file: str = knob("", "prompt files to evaluate on, between commas; empty: one in ten of --prompts")
     template_args: str = knob("", 'variables for the chat template, as JSON: {"enable_thinking": true}')
+    system: str = knob("", "system prompt of every chat: training, evaluation, warm start")
     judge: str = knob("alchemy", "alchemy (the world's), rules, a guard, a judge file or file.py:function")
     eval_judge: str = knob("", "judge that measures, written like --judge; empty: the one that pays")
     reward_model: str = knob("", "folder of a reward model for helpfulness; empty: 1 - refusal")
@@ -103,6 +105,7 @@ class Config:
     prompts_per_step: int = knob(32, "prompts of one step over all ranks; more means less noise", low=1)
     group_size: int = knob(8, "rollouts of one prompt (G), compared only with each other", low=2)
     max_new_tokens: int = knob(0, "thought and answer; longer is malformed; 0: 37 + 7 a reagent", low=0)
+    thought_tokens: int = knob(0, "an open thought is closed by force after so many tokens; 0: never", low=0)
     prefill_share: float = knob(0.0, "share of prompts whose thought starts with an attack", low=0, high=1)
     temperature: float = knob(1.0, "used to sample and to compute the log-probs that are trained", low=1e-3)
     max_rows: int = knob(512, "rollouts decoded at once: bounds the KV cache, changes no result", low=1)
@@ -269,12 +272,12 @@ def rollout_step(c: Config, model: Transformer, tokenizer: Tokenizer, judge: Jud
     rank, world = rank_and_world()
     prompts = step_prompts(c, pool, step)
     local = np.array_split(np.arange(len(prompts)), world)[rank].tolist()
-    no_thought, begun = c.objective == "no-thought", evaluate.injections(c, prompts, step)
+    no_thought, begun = c.objective == "no-thought", evaluate.injections(c, prompts, step, tokenizer.tags[1])
     tokens = [encode_prompt(tokenizer, prompts[i].prompt, no_thought) for i in local]
     sampling = dict(temperature=c.temperature, seed=c.seed, step=step, prompt_ids=local, max_rows=c.max_rows)
     rollouts = sample(model, tokens, tokenizer, group_size=c.group_size, max_new_tokens=c.max_new_tokens,
                       prefill=[begun[i] for i in local], in_answer=no_thought,
-                      keep_cache=c.potential == "probe", **sampling)
+                      thought_tokens=c.thought_tokens, keep_cache=c.potential == "probe", **sampling)
     sampled = time.perf_counter()
     each = [prompts[local[i]] for i in rollouts.prompt.tolist()]  # B
     probe = None
@@ -340,7 +343,7 @@ def train(c: Config, run: Path) -> None:
         return on_rank_0(lambda: print(text))
     judge, eval_judge = on_all_ranks(lambda: warmstart.load_judges(c, device, pool, requests))
     on_rank_0(lambda: checkpoint.open_run(run, asdict(c), bool(c.resume)))
-    on_rank_0(lambda: prepare_start(c, run, device), patient=True)
+    prepare_start(c, run, device)
     tokenizer, model, reference = on_all_ranks(lambda: load_start(c, run / "start", device))
     tokenizer.now = checkpoint.read_environment(run)["time"]  # freeze the date that chat templates insert
     saved, exported = parallel.from_rank_0((checkpoint.latest(run), (run / "model").exists()))
@@ -398,7 +401,7 @@ def parse(arguments: list[str]) -> Config:
 
 
 def main(arguments: list[str]) -> int:
-    """-> exit code: 0 done or SIGTERM, 1 disk, lost rank or too many bad steps, 2 bad input, 130 Ctrl-C."""
+    """-> exit code: 0 done or SIGTERM, 1 disk, lost rank or Diverged, 2 bad input, 130 Ctrl-C."""
     def run() -> int:
         c = parse(arguments)
         with checkpoint.stop_signals() as received, parallel.process_group(alone=c.shard == "yes"):

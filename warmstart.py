@@ -1,15 +1,19 @@
-"""What RL begins from: the user's model and prompts, checked, or a start model trained on demonstrations.
+"""What RL begins from: the user's model and prompts, checked, or a model trained on demonstrations first.
 
-Shapes: b rows of a micro-batch, T tokens.
+Shapes: b rows of a batch, T tokens.
 """
+import hashlib
+import math
 import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 import alchemy.world as alchemy
 import evaluate
@@ -18,17 +22,33 @@ from batches import micro_batches
 from judges import JUDGES, Judge, load_judge
 from judges.guards import read_spec
 from kernels import segment_logprobs
-from lib import checkpoint, plan, watch
-from lib.data import InputError, Prompt, as_json, describe, expect, load_eval_files, load_prompts, without
-from lib.parallel import rank_and_world, shard, wants_shards
-from lib.tokenizer import Tokenizer
+from lib import checkpoint, parallel, plan, watch
+from lib.data import (
+    InputError,
+    Prompt,
+    as_json,
+    describe,
+    expect,
+    load_eval_files,
+    load_prompts,
+    read_rows,
+    whole_text,
+    without,
+)
+from lib.parallel import all_max, all_sum, from_rank_0, rank_and_world, shard, wants_shards
+from lib.tokenizer import TAGS, Tokenizer
 from lora import add_adapter
-from model import Transformer, add_end_of_turn, read_configs
+from model import Transformer, add_end_of_turn, end_of_turn, read_configs
 from rewards import PROBE_TOKENS
-from rollout import CLOSE, OPEN, check_length, encode_prompt
+from rollout import check_length, closing_tokens, encode_prompt, thought_cut, unused_mark
 
+# The embedded world's start model, from random weights.
 STEPS, BATCH, RATE = 900, 32, 3e-3  # supervised steps, demonstrations a step, peak learning rate
 ATTEMPTS, FLUENT = 3, 0.8  # random starts tried; a start is fluent (0.99) or not at all (0.00)
+BUDGET = 2048  # padded tokens of a micro-batch: a few rows are long, and would pad all the others
+# --warm-start, from a checkpoint: a usual rate for it, and two passes over the file. A small file gets more
+# of them: 90 steps taught SmolLM2-135M the format (every rollout had an answer).
+PASSES, MIN_STEPS, ROWS, TUNE_RATE = 2, 90, 16, 2e-5
 
 
 # ---- the user's flags and files -------------------------------------------------------------------------
@@ -71,6 +91,9 @@ def check_flags(c) -> None:
         raise InputError("--lora-alpha needs --lora-rank: without an adapter there is nothing to scale")
     if c.lora_rank and c.shard == "yes":
         raise InputError("--lora-rank does not go with --shard yes: sampling gathers frozen weights anyway")
+    for flag, value in (("--system", c.system), ("--warm-start", c.warm_start)):
+        if value and not c.model:
+            raise InputError(f"{flag} needs --model: the embedded start model has its own demonstrations")
     if c.eval_file and not (c.prompts and c.eval_prompts):
         raise InputError("--eval-file needs --prompts to train on, and --eval-prompts above 0")
     if c.reward_model and not c.prompts:
@@ -95,11 +118,14 @@ def read_inputs(c) -> tuple[list[Prompt], list[Prompt]]:
     if model.config.num_labels or tokenizer.n_tokens > model.config.vocab_size or not stops:
         raise InputError(f"{c.model} is not a causal language model to train: it has a score head, no "
                          "eos_token_id, or fewer embedding rows than its tokenizer has tokens")
-    forced = len(tokenizer.encode(CLOSE + "\n\n", special=True)) + min(c.max_new_tokens, PROBE_TOKENS)
+    thought_cut(tokenizer, c.thought_tokens, c.max_new_tokens)
+    forced = len(closing_tokens(tokenizer)) + min(c.max_new_tokens, PROBE_TOKENS)
     for p in pool + test or alchemy.requests(1, c.seed, length=c.chain):
         tokens = encode_prompt(tokenizer, p.prompt, closed=True)
         check_length(room, len(tokens) + forced * (c.potential == "probe"), c.max_new_tokens,
                      f"prompt '{p.prompt:.40}'")
+    if c.warm_start:
+        read_demonstrations(c.warm_start, tokenizer, model)
     requests = evaluate.requests(test, c)
     evaluate.check_lengths(tokenizer, requests if pool else requests[:1], room, c)
     if c.eval_prompts and not requests and rank_and_world()[0] == 0:
@@ -125,51 +151,51 @@ def step_prompts(c, pool: list[Prompt], step: int) -> list[Prompt]:
     """The prompts of a step, for all ranks: shuffled epochs of the file, or the world's requests."""
     if not pool:
         return alchemy.requests(c.prompts_per_step, c.seed, step, length=c.chain)
-    places = range(step * c.prompts_per_step, (step + 1) * c.prompts_per_step)
-    epochs = {i // len(pool) for i in places}
-    order = {e: np.random.default_rng([c.seed, e]).permutation(len(pool)) for e in epochs}
-    return [pool[order[i // len(pool)][i % len(pool)]] for i in places]
+    return in_shuffled_passes(pool, c.prompts_per_step, c.seed, step)
+
+
+def in_shuffled_passes(items: list, n: int, seed: int, step: int) -> list:
+    """The n items of a step; each pass over them has its own order."""
+    places = [divmod(i, len(items)) for i in range(step * n, (step + 1) * n)]  # (pass, place in its order)
+    order = {e: np.random.default_rng([seed, e]).permutation(len(items)) for e, _ in places}
+    return [items[order[e][i]] for e, i in places]
 
 
 def prepare_start(c, run: Path, device: str) -> None:
-    """Makes the run's start/ folder: a start model trained here, or a symlink to --model."""
+    """Makes the run's start/ folder: the embedded world's start model, --model after its warm start, or a
+    symlink to --model. Every rank calls."""
     start = run / "start"
-    if not start.exists() and not start.is_symlink():
-        if c.model:
-            start.symlink_to(Path(c.model).resolve())
-        else:
-            warm_start(c.seed, c.chain, run, device)
+    if from_rank_0(start.exists() or start.is_symlink()):
+        return
+    if not c.model:
+        train_world(c, run, device)
+    elif c.warm_start:
+        train_on_file(c, run, device)
+    else:
+        checkpoint.on_rank_0(lambda: start.symlink_to(Path(c.model).resolve()))
+    checkpoint.on_rank_0(lambda: shutil.rmtree(run / "warm", ignore_errors=True))
 
 
 def load_tokenizer(c, folder) -> Tokenizer:
     tokenizer = Tokenizer.from_pretrained(folder)
+    tokenizer.system = c.system
     tokenizer.template_args = as_json("--template-args", c.template_args or "{}")
     taken = {"self", "messages", "generation_prompt", "add_generation_prompt"} & set(tokenizer.template_args)
     expect(not taken, "--template-args", "variables that are not set here", sorted(taken))
     return tokenizer
 
 
-def load_start(c, start: Path, device: str) -> tuple[Tokenizer, Transformer, Transformer | None]:
-    """Tokenizer, model and frozen reference. Bytes a parameter in bf16: 16 with its gradient and AdamW's
-    moments, 2 in the reference, 2 in the copy that samples. With LoRA 2 in all: the reference is the model
-    without its adapter. Frozen weights are held in the compute type, to which layers cast them anyway."""
+def load_model(c, folder: Path, tokenizer: Tokenizer, device: str, **weights) -> Transformer:
+    """The folder's model, sharded as --shard says. Bytes a parameter in bf16: 16 with its gradient and
+    AdamW's moments, 2 in the reference, 2 in the copy that samples. weights: goes to from_pretrained."""
     def arrange(model: Transformer) -> None:
         size = sum(p.numel() for p in model.parameters())
         if not c.lora_rank and wants_shards(c.shard, size, 20 if c.beta else 18, device):
             shard(model, device)
-    tokenizer, frozen = load_tokenizer(c, start), {}
-    if c.lora_rank:
-        frozen = dict(masters=False, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
-    model = Transformer.from_pretrained(start, device, arrange=arrange, **frozen)
+    model = Transformer.from_pretrained(folder, device, arrange=arrange, **weights)
     model.checkpoint_activations = c.checkpoint_activations == "yes"
     add_end_of_turn(model, tokenizer)
-    if c.lora_rank:
-        add_adapter(model, c.lora_rank, c.lora_alpha, c.seed)
-        return tokenizer, model, model if c.beta else None
-    if not c.beta:
-        return tokenizer, model, None
-    reference = Transformer.from_pretrained(start, device, model.compute_dtype, arrange, masters=False)
-    return tokenizer, model, reference.requires_grad_(False)
+    return model
 
 
 def load_judges(c, device: str, pool: list[Prompt], requests: list[Prompt]) -> tuple[Judge, Judge]:
@@ -180,21 +206,174 @@ def load_judges(c, device: str, pool: list[Prompt], requests: list[Prompt]) -> t
             load_judge(c.eval_judge, "", device, requests, "--eval-judge"))
 
 
-# ---- the supervised warm start ---------------------------------------------------------------------------
+def load_start(c, start: Path, device: str) -> tuple[Tokenizer, Transformer, Transformer | None]:
+    """Tokenizer, model and frozen reference. Frozen weights are held in the compute type, to which layers
+    cast them anyway. With LoRA the reference is the model without its adapter."""
+    tokenizer = load_tokenizer(c, start)
+    frozen = dict(masters=False, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
+    if c.lora_rank:
+        model = load_model(c, start, tokenizer, device, **frozen)
+        add_adapter(model, c.lora_rank, c.lora_alpha, c.seed)
+        return tokenizer, model, model if c.beta else None
+    model = load_model(c, start, tokenizer, device)
+    reference = load_model(c, start, tokenizer, device, **frozen).requires_grad_(False) if c.beta else None
+    return tokenizer, model, reference
 
-def imitate(model: Transformer, tokens: Tensor, segment: Tensor) -> float:
-    """Adds the gradient of the mean cross-entropy over the tokens [b, T] whose segment is 0. -> that mean."""
-    loss, count = 0.0, (segment[:, 1:] >= 0).sum().to(model.device)
+
+# ---- a file of demonstrations ----------------------------------------------------------------------------
+
+class Demonstration(NamedTuple):
+    """The target is thought, closing tag, answer and stop token. where: path:line."""
+    prompt: str
+    thought: str
+    answer: str
+    where: str
+
+
+def read_demonstration(where: str, row: dict, tags: tuple[str, str] = TAGS[0]) -> Demonstration:
+    """A row {prompt, thought, answer}, or {messages} whose last content is a thought in its tags and then an
+    answer. Raises InputError."""
+    opening, closing = tags
+    if "messages" in row and not {"prompt", "thought", "answer"} <= row.keys():
+        turns = row["messages"]
+        roles = isinstance(turns, list) and [isinstance(turn, dict) and turn.get("role") for turn in turns]
+        expect(roles == ["user", "assistant"], f"{where}: messages", "one of user, one of assistant",
+               roles or turns)
+        prompt, text = (whole_text(f"{where}: content", turn.get("content")) for turn in turns)
+        begin, found, rest = text.strip().partition(opening)
+        thought, closed, answer = rest.partition(closing)
+        expect(found and closed and not begin, f"{where}: the last content",
+               f"{opening}, a thought, {closing} and an answer", text)
+        row = dict(prompt=prompt, thought=thought, answer=answer)
+    texts = [whole_text(f"{where}: {key}", row.get(key)) for key in ("prompt", "thought", "answer")]
+    for key, text in zip(("thought", "answer"), texts[1:]):
+        expect(opening not in text and closing not in text, f"{where}: {key}", "free of thought tags", text)
+    return Demonstration(*texts, where)
+
+
+def encode_demonstration(row: Demonstration, tokenizer: Tokenizer,
+                         model: Transformer) -> tuple[Tensor, Tensor]:
+    """-> tokens [T] of prompt and target, segment [T]: 0 on the target. Names of special tokens in the texts
+    are plain text, as in prompts. Raises InputError if the row exceeds the context."""
+    prompt, mark = encode_prompt(tokenizer, row.prompt), unused_mark(row.thought + row.answer)
+    thought, answer = (tokenizer.hide_added(text.strip(), mark) for text in (row.thought, row.answer))
+    target = tokenizer.encode(f"{thought}\n{tokenizer.tags[1]}\n\n{answer}", special=True, inside=True,
+                              hidden_by=mark)
+    stop = end_of_turn(tokenizer)
+    target.append(stop if stop in model.stop_ids else model.stop_ids[0])
+    room, T = model.config.max_position_embeddings, len(prompt) + len(target)
+    expect(T <= room, f"{row.where}: the row", f"at most {room} tokens long, the model's context", T)
+    return torch.tensor(prompt + target), torch.tensor([-1] * len(prompt) + [0] * len(target))
+
+
+def read_demonstrations(file: str, tokenizer: Tokenizer, model: Transformer) -> tuple[list, list]:
+    """The rows to train on and those held out, as tokens and segment. The hash that holds out rows is that of
+    evaluation, so no prompt that it asks is trained on; one prompt is held out in any case. Raises
+    InputError."""
+    expect(Path(file).suffix.lower() == ".jsonl", f"--warm-start {file}", "a .jsonl file", Path(file).suffix)
+    rows = [read_demonstration(where, row, tokenizer.tags) for where, row in read_rows(Path(file))[2]]
+    texts = {row.prompt for row in rows}
+    one = min(texts, key=lambda text: hashlib.sha256(text.encode()).digest(), default="")
+    parts = [], []
+    for row in rows:
+        held = row.prompt == one or evaluate.held_out(Prompt(row.prompt, ""))
+        parts[held].append(encode_demonstration(row, tokenizer, model))
+    expect(parts[0], file, "rows of several prompts, since one in ten is held out", f"{len(rows)} rows")
+    return parts
+
+
+# ---- supervised training ---------------------------------------------------------------------------------
+
+def imitate(model: Transformer, tokens: Tensor, segment: Tensor, budget: int = BUDGET) -> float:
+    """The mean cross-entropy over all ranks' tokens [b, T] whose segment is 0; adds this rank's part of its
+    gradient, unless gradients are off. budget: padded tokens of a micro-batch. Every rank calls."""
+    loss, count = 0.0, all_sum((segment[:, 1:] >= 0).sum()).to(model.device)
     length = (torch.arange(tokens.shape[1]) * (segment >= 0)).amax(1) + 1
-    for rows in micro_batches(length, 2048):  # a few rows are long; in one batch all would be padded to them
+    parts = micro_batches(length, budget)
+    missing = int(all_max(len(parts))) - len(parts)
+    for rows in parts:
         x, y = (t[rows, :int(length[rows].max())].to(model.device) for t in (tokens, segment))
         out = segment_logprobs(model.hidden(x[:, :-1]).flatten(0, 1), model.head.weight, x[:, 1:].flatten(),
                                y[:, 1:].flatten(), 1)
         part = -out.segment_logprob[0] / count
-        part.backward()
+        if torch.is_grad_enabled():
+            part.backward()
         loss += part.item()
-    return loss
+    parallel.run_missing_batches(model, None, missing)
+    return all_sum(torch.tensor(loss, dtype=torch.float64)).item()
 
+
+def pad(rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Encoded demonstrations as tokens [b, T] and segment [b, T], right-padded; b may be 0."""
+    if not rows:
+        return torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2, dtype=torch.long)
+    tokens, segment = zip(*rows)
+    return pad_sequence(tokens, batch_first=True), pad_sequence(segment, batch_first=True, padding_value=-1)
+
+
+def train(model: Transformer, batch: Callable, steps: int, rate: float, run: Path, budget: int,
+          save_every: int, attempt: int = 0, held: tuple | None = None, held_every: int = 1) -> None:
+    """Supervised steps on batch(step), this rank's tokens and segment. rate: the peak learning rate.
+    Continues from run/warm. Logs the loss before each step to run/warm_start.jsonl, now and then with that of
+    `held`. Every rank calls. Raises Stopped on a signal, Diverged if a loss or gradient is not finite."""
+    scratch, log, begin = run / "warm", run / "warm_start.jsonl", attempt * steps
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+    saved = from_rank_0(checkpoint.latest(scratch))
+    resumes = saved and int(saved.name) > begin  # not one of the attempt before
+    first = checkpoint.on_all_ranks(
+        lambda: checkpoint.load(saved, model, optimizer) - begin if resumes else 0)
+    checkpoint.on_rank_0(lambda: checkpoint.write_rows(
+        log, [row for row in checkpoint.rows(log) if row["step"] < begin + first]))
+    bar = checkpoint.progress_bar(range(first, steps), desc="warm start", initial=first, total=steps)
+    shown = {}
+
+    def write(step: int, **losses) -> None:
+        if held and (step % held_every == 0 or step == steps):
+            with torch.no_grad():
+                losses["held_out"] = imitate(model, *held, budget)
+            parallel.reshard(model)  # FSDP does it behind a backward pass only
+        checkpoint.on_rank_0(lambda: checkpoint.append(log, dict(step=begin + step) | losses))
+        shown.update({name: f"{loss:.3f}" for name, loss in losses.items()})
+        bar.set_postfix(shown)
+
+    for step in bar:
+        left = 1 - step / steps  # constant, then linear to 0
+        optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / 20, left / 0.7)
+        optimizer.zero_grad()
+        loss = imitate(model, *batch(step), budget)
+        norm = parallel.sum_gradients(model)
+        if not math.isfinite(norm + loss):
+            raise checkpoint.Diverged(f"warm start, step {step}: loss or gradient is not finite")
+        write(step, loss=loss)
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), 1.0, torch.tensor(norm))
+        optimizer.step()
+        stop = checkpoint.stop_requested()
+        if step < steps - 1 and (stop or (step + 1) % save_every == 0):
+            checkpoint.on_all_ranks(lambda: checkpoint.save(scratch, begin + step + 1, model, optimizer))
+            if stop:
+                raise checkpoint.Stopped
+    if held:
+        write(steps)
+
+
+def train_on_file(c, run: Path, device: str) -> None:
+    """Trains --model on the rows of --warm-start into run/start. Every rank calls."""
+    rank, world = rank_and_world()
+    tokenizer = load_tokenizer(c, c.model)
+    tokenizer.now = checkpoint.read_environment(run)["time"]
+    model = checkpoint.on_all_ranks(lambda: load_model(c, c.model, tokenizer, device))
+    rows, held = read_demonstrations(c.warm_start, tokenizer, model)
+
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        chosen = in_shuffled_passes(rows, ROWS, c.seed, step)
+        return pad([chosen[i] for i in np.array_split(np.arange(ROWS), world)[rank]])
+    train(model, batch, max(MIN_STEPS, math.ceil(PASSES * len(rows) / ROWS)), TUNE_RATE, run,
+          c.tokens_per_micro_batch, c.save_every, held=pad(held[rank::world]),
+          held_every=math.ceil(len(rows) / ROWS))
+    checkpoint.on_all_ranks(lambda: checkpoint.export(run / "start", model, tokenizer))
+
+
+# ---- the embedded world's start model --------------------------------------------------------------------
 
 @torch.no_grad()
 def fluency(model: Transformer, tokenizer: Tokenizer, chain: int) -> float:
@@ -206,7 +385,7 @@ def fluency(model: Transformer, tokenizer: Tokenizer, chain: int) -> float:
         rows = []
         for p in alchemy.requests(40, 0, length=chain):
             chat = tokenizer.chat([{"role": "user", "content": p.prompt}])
-            prompt = tokenizer.encode(chat + OPEN + begin, special=True)
+            prompt = tokenizer.encode(f"{chat}{tokenizer.tags[0]}\n{begin}", special=True)
             rows.append(prompt + tokenizer.encode("".join(alchemy.worked_lines(alchemy.chain_of(p.prompt)))))
         tokens = torch.tensor(rows, device=device)  # [40, T]: all requests have as many tokens
         logprob = model(tokens[:, :-1]).log_softmax(-1).gather(2, tokens[:, 1:, None])[:, len(prompt) - 1:, 0]
@@ -215,34 +394,25 @@ def fluency(model: Transformer, tokenizer: Tokenizer, chain: int) -> float:
     return worst
 
 
-def warm_start(seed: int, chain: int, run: Path, device: str) -> None:
-    """Trains the embedded world's start model into run/start, on the demonstrations' responses. Only rank 0
-    calls. If a random start does not become fluent, another one is tried."""
-    scratch = run / "warm"
-    with checkpoint.atomic_folder(run / "start") as folder:
-        write_folder(folder, chain)
-        tokenizer, saved = Tokenizer.from_pretrained(folder), checkpoint.latest(scratch)
-        done = int(saved.name) if saved else 0
-        for attempt in range(done // STEPS, ATTEMPTS):
-            model = Transformer.from_scratch(folder, seed + 1000 * attempt, device)
-            optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
-            first = checkpoint.load(saved, model, optimizer) % STEPS if saved else 0
-            steps = checkpoint.progress_bar(range(first, STEPS), desc="warm start", initial=first,
-                                            total=STEPS)
-            for step in steps:
-                left = 1 - step / STEPS  # constant, then linear to 0
-                optimizer.param_groups[0]["lr"] = RATE * min(1.0, (step + 1) / 20, left / 0.7)
-                optimizer.zero_grad()
-                loss = imitate(model, *demonstrations(BATCH, tokenizer, chain, seed, step))
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                steps.set_postfix(loss=f"{loss:.3f}")
-                if checkpoint.STOP and step < STEPS - 1:
-                    checkpoint.save(scratch, attempt * STEPS + step + 1, model, optimizer)
-                    raise checkpoint.Stopped
-            saved, fluent = None, fluency(model, tokenizer, chain)
+def train_world(c, run: Path, device: str) -> None:
+    """Trains the start model into run/start, on the demonstrations' responses. If a random start does not
+    become fluent, another one is tried. Every rank calls; rank 0 has all rows, so that the model has the same
+    bits on any number of ranks."""
+    share = slice(None if rank_and_world()[0] == 0 else 0)
+    saved = from_rank_0(checkpoint.latest(run / "warm"))
+    with tempfile.TemporaryDirectory() as folder:
+        write_folder(Path(folder), c.chain)
+        tokenizer = Tokenizer.from_pretrained(folder)
+
+        def batch(step: int) -> list[Tensor]:
+            return [x[share] for x in demonstrations(BATCH, tokenizer, c.chain, c.seed, step)]
+        for attempt in range(int(saved.name) // STEPS if saved else 0, ATTEMPTS):
+            model = Transformer.from_scratch(folder, c.seed + 1000 * attempt, device)
+            train(model, batch, STEPS, RATE, run, BUDGET, c.save_every, attempt)
+            fluent = from_rank_0(fluency(model, tokenizer, c.chain))
             if fluent >= FLUENT:
                 break
-            print(f"start {attempt + 1} of {ATTEMPTS} works out {fluent:.0%} of its chains", file=sys.stderr)
-        model.save_pretrained(folder)
-    shutil.rmtree(scratch, ignore_errors=True)
+            if rank_and_world()[0] == 0:
+                print(f"start {attempt + 1} of {ATTEMPTS} works out {fluent:.0%} of its chains",
+                      file=sys.stderr)
+        checkpoint.on_all_ranks(lambda: checkpoint.export(run / "start", model, tokenizer))

@@ -2,6 +2,7 @@
 
     config.json       the knobs, one flat object
     environment.json  hash of the source, versions, machine, command
+    warm_start.jsonl  one row a supervised step
     metrics.jsonl     one row a step
     bad_steps.jsonl   rollouts of steps whose loss or gradient was not finite
     transcripts.jsonl some rollouts, segment by segment
@@ -42,10 +43,11 @@ from lib.parallel import all_gather, all_sum, local_rows, patient_group, rank_an
 
 LOGS = ("metrics.jsonl", "transcripts.jsonl", "bad_steps.jsonl")  # truncated when a run continues
 NOT_COMPARED = ("resume", "out", "device", "shard", "log")  # may change when a run continues
-INPUTS = ("model", "prompts", "eval_file", "judge", "eval_judge", "reward_model")  # knobs that may name files
+INPUTS = ("model", "prompts", "warm_start", "eval_file", "judge", "eval_judge", "reward_model")  # files
 NOT_FILES = ("alchemy", "rules")  # built-in judges, even where a folder of that name exists
 EDGE = 1 << 20  # bytes of each end of a file that enter its fingerprint
 MAX_BAD_STEPS = 3  # steps without a finite loss and gradient that end a run
+MIN_ANSWERED, MAX_DEAD_STEPS = 0.05, 5  # that many steps in a row with a lower share of answers end a run
 STOP: list[int] = []  # signals received; checked between steps and between attacks
 
 
@@ -54,7 +56,7 @@ class Stopped(Exception):
 
 
 class Diverged(Exception):
-    """Too many steps had no finite loss or gradient."""
+    """Too many steps had no finite loss or gradient, or hardly an answer."""
 
 
 class SaveError(OSError):
@@ -341,7 +343,7 @@ def truncate_logs(run: Path, steps: int) -> None:
 
 def log_step(run: Path, row: dict, shown: list[dict], bad: list[dict]) -> None:
     """Appends a step to the logs; of all ranks' transcripts the first of each label. Raises Diverged at the
-    last bad step that is allowed."""
+    last bad step that is allowed, and if the last steps have hardly an answer."""
     append(run / "metrics.jsonl", row)
     first = {}
     for t in shown:
@@ -358,6 +360,21 @@ def log_step(run: Path, row: dict, shown: list[dict], bad: list[dict]) -> None:
         if count >= MAX_BAD_STEPS:
             raise Diverged(message)
         tqdm.write(message, file=sys.stderr)
+    if row["answered"] < MIN_ANSWERED:
+        check_answers([r["answered"] for r in rows(run / "metrics.jsonl")])
+
+
+def check_answers(shares: list[float]) -> None:
+    """shares: of rollouts with an answer in all steps so far, hardly one in the last. Warns at the first such
+    step, raises Diverged at the last in a row that is allowed: without answers there is nothing to learn."""
+    dead, count = [share < MIN_ANSWERED for share in shares], MAX_DEAD_STEPS
+    few = f"fewer than {MIN_ANSWERED:.0%} of the rollouts close their thought and end an answer"
+    if all(dead[-count:]) and len(dead) >= count:
+        raise Diverged(f"{count} steps in a row, up to step {len(dead) - 1}: {few}, so there is nothing to "
+                       "learn from; teach the format with --warm-start, ask for it with --system, cut long "
+                       "thoughts with --thought-tokens, or raise --max-new-tokens")
+    if sum(dead) == 1:
+        tqdm.write(f"step {len(dead) - 1}: {few}; {count} such steps in a row end the run", file=sys.stderr)
 
 
 def transcript(step: int, prompt, b: int, rollouts, scores, pay: Tensor, thought: Tensor,

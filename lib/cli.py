@@ -13,8 +13,8 @@ from lib.data import InputError, as_json, read_text
 
 
 def exit_code(program: str, task) -> int:
-    """Runs the task. -> its exit code; 2 for bad input, 1 for a failed save or a diverged run, each with one
-    sentence on stderr. Letters that the terminal does not have are written as '?'."""
+    """Runs the task. -> its exit code; 2 for bad input, 1 for a failed save or a run that cannot go on, each
+    with one sentence on stderr. Letters that the terminal does not have are written as '?'."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")

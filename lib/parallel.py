@@ -258,7 +258,8 @@ def run_missing_batches(model: nn.Module, reference: nn.Module | None, parts: in
         if reference is not None:
             with torch.no_grad():
                 reference.hidden(token)
-        ((states.sum() + model.head.weight.sum()) * 0).backward()
+        if torch.is_grad_enabled():
+            ((states.sum() + model.head.weight.sum()) * 0).backward()
     if reference is not None:
         reshard(reference)
 

@@ -28,6 +28,7 @@ CHAR_OF = {byte: char for char, byte in BYTE_OF.items()}
 # model.py reads the weights and config.json.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "chat_template.jinja", "vocab.json", "merges.txt")
+TAGS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))  # Qwen3, R1 and most others; Mistral's
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # ByteLevel's own regex
 
 
@@ -224,7 +225,7 @@ class Tokenizer:
     """BPE with added tokens and a chat template, read from a Hugging Face folder.
 
     `added` maps the content of each added token to its id. `n_tokens` is the highest id + 1; a model may have
-    more rows. `encode` adds no BOS: the chat template writes it."""
+    more rows. `encode` adds no BOS: the chat template writes it. `tags` open and close a thought."""
     now: float | None = None  # time for templates that write a date: a run keeps that of its start
 
     @classmethod
@@ -249,6 +250,7 @@ class Tokenizer:
     def __init__(self, folder: Path, files: dict[str, str]):
         self.folder, self.files, file = folder, files, f"{folder}/tokenizer.json"
         self.template_args = {}  # variables for the chat template of the model's own prompts
+        self.system = ""  # their system prompt
         self.config, more, old = (as_json(f"{folder}/{name}", files.get(name, "{}")) for name in (
             "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"))
         spec = as_json(file, files["tokenizer.json"])
@@ -264,6 +266,8 @@ class Tokenizer:
         self._named, extra = named_tokens(self.config, more)
         added = added_tokens(file, spec, self.config, old, [*filter(None, self._named.values()), *extra])
         self.added = {content: token["id"] for content, token in added.items()}
+        known = {*self.added, *(tag for pair in TAGS for tag in pair if tag in str(self.template))}
+        self.tags = next((pair for pair in TAGS if known.issuperset(pair)), TAGS[0])
         self._special = {token["id"] for token in added.values() if token.get("special")}
         # Plain text must not reach an added token, but for a pad token like "!".
         ordinary = {token: i for token, i in model["vocab"].items() if token not in added or len(token) == 1}

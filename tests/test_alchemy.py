@@ -9,9 +9,11 @@ import alchemy.world as alchemy
 import warmstart
 from alchemy.demonstrations import STOP, demonstrate, demonstrations
 from alchemy.world import CALM, DANGER, HAZARDS, REAGENTS, REFUSAL, TALK
+from lib import checkpoint
 from lib.data import Prompt
 from model import Transformer
 from rollout import CLOSE, OPEN
+from sear import Config
 
 # ---- world and verifier ----------------------------------------------------------------------------------
 
@@ -158,12 +160,13 @@ def test_a_start_that_is_not_fluent_is_tried_again_from_another_seed(tmp_path, m
     monkeypatch.setattr(warmstart, "BATCH", 2)
     scores = iter([0.1, 0.95])
     monkeypatch.setattr(warmstart, "fluency", lambda model, tokenizer, chain: next(scores))
-    warmstart.warm_start(1, 5, tmp_path, "cpu")
+    warmstart.prepare_start(Config(save_every=1), tmp_path, "cpu")
     assert "start 1 of 3 works out 10% of its chains" in capsys.readouterr().err
     found = Transformer.from_pretrained(tmp_path / "start").head.weight
     first, second = (Transformer.from_scratch(tmp_path / "start", seed).head.weight for seed in (1, 1001))
     assert (found - second).norm() < (found - first).norm()
-    assert [p.name for p in tmp_path.iterdir()] == ["start"]
+    assert {p.name for p in tmp_path.iterdir()} == {"start", "warm_start.jsonl"}
+    assert [row["step"] for row in checkpoint.rows(tmp_path / "warm_start.jsonl")] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("length", (2, 5, 12, 14))

@@ -2,6 +2,7 @@
 
 Only the restart test uses torchrun; all others fork their ranks from one server (rank_helpers.py).
 """
+import json
 import math
 import os
 import resource
@@ -20,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import alchemy.world as alchemy
 import sear
+import warmstart
 from alchemy.demonstrations import write_folder
 from lib import checkpoint, parallel
 from lib.data import InputError
@@ -291,6 +293,8 @@ def test_an_adapter_is_the_same_on_one_rank_and_on_two(start, tmp_path):
     same_run(one, two)
     a, b = (load_file(run / "adapter/adapter_model.safetensors") for run in (one, two))
     assert len(a) > 20 and a.keys() == b.keys() and all(close(a[k], b[k], 1e-6) for k in a)
+
+
 def test_evaluations_are_the_same_on_any_number_of_ranks(start, tmp_path):
     """The best model too, which sharded ranks write together."""
     flags = ["--eval-prompts", 3, "--eval-every", 2, "--max-new-tokens", 72]
@@ -303,6 +307,32 @@ def test_evaluations_are_the_same_on_any_number_of_ranks(start, tmp_path):
         assert rows[0] == rows[1] and {"before", "step-2", "step-4", "after"} == {r["stage"] for r in rows[0]}
     a, b = (load_file(out / "best/model.safetensors") for out in (one, two))
     assert a.keys() == b.keys() and all(close(a[k], b[k], 1e-4) for k in a)
+
+
+def few_supervised_steps(rank):
+    warmstart.MIN_STEPS, warmstart.ROWS = 6, 3  # with three ranks and four, some have one row or none
+    warmstart.STEPS, warmstart.ATTEMPTS, warmstart.BATCH = 4, 1, 2
+
+
+@pytest.mark.parametrize("world, flags", [(2, "--shard no"), (4, "--shard yes --tokens-per-micro-batch 100")])
+def test_a_warm_start_is_the_same_on_any_number_of_ranks(start, tmp_path, world, flags):
+    """The embedded world's has the same bits."""
+    file, shared = tmp_path / "rows.jsonl", ["--steps", "0", "--eval-prompts", "0"]
+    file.write_text("".join(json.dumps(dict(prompt=p.prompt, thought="Hm.\n\n" * i, answer="No." * i)) + "\n"
+                            for i, p in enumerate(alchemy.requests(12, 1), start=1)))
+    for name, ranks, more in (("one", 1, []), ("many", world, flags.split())):
+        for kind, model in (("file", ["--model", start, "--warm-start", file]), ("world", [])):
+            out = tmp_path / kind / name
+            ended = launch(tmp_path / f"log-{kind}-{name}", ranks, [*shared, *model, *more, "--out", out],
+                           few_supervised_steps)
+            assert all(code == 0 for code, _ in ended.values()), ended
+    for kind in ("file", "world"):
+        a, b = (load_file(tmp_path / kind / name / "start/model.safetensors") for name in ("one", "many"))
+        assert kind == "file" or all(torch.equal(a[k], b[k]) for k in a)
+        assert all(close(b[k], a[k], 1e-6) for k in a)
+        a, b = (checkpoint.rows(tmp_path / kind / name / "warm_start.jsonl") for name in ("one", "many"))
+        for x, y in zip(a, b):
+            assert y == pytest.approx(x, rel=1e-5)
 
 
 def test_torchrun_restarts_a_killed_rank_and_the_run_has_the_same_bits(start, tmp_path):

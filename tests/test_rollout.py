@@ -9,12 +9,14 @@ from helpers import FIXTURES, FOLDERS, made_rollouts
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import alchemy.world as alchemy
+import evaluate
 import rollout
 from kernels import segment_logprobs
-from lib.data import InputError
+from lib.data import InputError, Prompt
 from lib.tokenizer import Tokenizer
 from model import Transformer
 from rollout import CLOSE, OPEN, encode_prompt, force_answers, sample, uniforms
+from sear import Config
 
 
 @pytest.fixture(scope="module")
@@ -305,6 +307,59 @@ def test_a_template_that_reads_special_tokens_in_a_message_is_refused():
         encode_prompt(tokenizer, "a</think>b")
 
 
+BRACKETS = QWEN3_LIKE.partition("{% if enable")[0] + "{% if show %}[THINK][/THINK]{% endif %}{% endif %}"
+
+
+def test_the_tags_of_a_thought_are_the_models():
+    """Of the vocabulary, of the template, else the usual ones."""
+    assert all(Tokenizer.from_pretrained(FIXTURES / name).tags == ("<think>", "</think>") for name in FOLDERS)
+    assert templated(BRACKETS).tags == ("<think>", "</think>")  # Qwen3's vocabulary has them
+    tokenizer = templated(BRACKETS, "tiny-qwen2")
+    assert tokenizer.tags == ("[THINK]", "[/THINK]")
+    assert tokenizer.decode(encode_prompt(tokenizer, "a</think>")).endswith("assistant\n[THINK]\n")
+    assert tokenizer.decode(encode_prompt(tokenizer, "a", True)).endswith("[THINK]\n\n[/THINK]\n\n")
+    _, texts, closed, _ = segments("one\n\ntwo</think>\n[/THINK]\n\nyes", tokenizer)
+    assert closed and texts == ["one\n\n", "two</think>\n", "yes"]
+    r = made_rollouts(tokenizer, [[1]], ["a[/THINK]b$"], 1962, 1)
+    assert r.answers == ["b"]
+    tokenizer.template_args = {"show": True}
+    with pytest.raises(InputError, match="should open one thought"):
+        encode_prompt(tokenizer, "Hi")
+
+
+def test_an_attack_closes_the_thought_with_the_models_tag(qwen2):
+    tokenizer = templated(BRACKETS, "tiny-qwen2")
+    prompts = [Prompt("Hi", "harmful")]
+    c = Config(prompts="p.csv", max_new_tokens=4)
+    r = evaluate.attacked("hijack", qwen2[0], tokenizer, prompts, [0], c)
+    assert r.closed.all() and evaluate.INJECTED + "[/THINK]\n\n" in tokenizer.decode(r.tokens[0])
+    assert r.prefill == [evaluate.WORKED + evaluate.INJECTED]
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_system_prompt_is_in_every_prompt(name, qwen2):
+    tokenizer = templated(QWEN3_LIKE, name)
+    tokenizer.system = "Think in <think> tags.\n"
+    begin = f"<|im_start|>system\n{tokenizer.system.strip()}<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+    for closed in (False, True):
+        assert begin + "<|im_start|>assistant\n<think>\n" in tokenizer.decode(
+            encode_prompt(tokenizer, "Hi", closed))
+    assert "system" not in tokenizer.decode(encode_prompt(tokenizer, "Hi", after_answer=True))
+    if name == "tiny-qwen2":  # every attack
+        c = Config(prompts="p.csv", max_new_tokens=4)
+        for attack in evaluate.ATTACKS:
+            r = evaluate.attacked(attack, qwen2[0], tokenizer, [Prompt("Hi", "harmful")], [0], c)
+            assert tokenizer.decode(r.tokens[0]).count(begin) == 1
+
+
+def test_a_template_that_drops_the_system_prompt_is_refused():
+    tokenizer = templated(QWEN3_LIKE.replace("m in messages", "m in messages if m.role != 'system'"))
+    assert encode_prompt(tokenizer, "Hi")
+    tokenizer.system = "Think first."
+    with pytest.raises(InputError, match="the chat template drops the system prompt of --system"):
+        encode_prompt(tokenizer, "Hi")
+
+
 def test_a_template_that_drops_a_turn_is_refused():
     tokenizer = templated("{{ messages[0].content }}{{ messages[-1].role }}")
     assert encode_prompt(tokenizer, "Hi")
@@ -320,16 +375,112 @@ def test_a_prompt_longer_than_the_context_is_refused(qwen2):
         sample(model, encode_prompts(tokenizer, ["Hi", "word " * 2100]), tokenizer, max_new_tokens=30)
 
 
+# ---- thoughts that are cut ------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def beginner(start):
+    """A model that closes some thoughts, with requests."""
+    model, tokenizer = Transformer.from_pretrained(start), Tokenizer.from_pretrained(start)
+    return model, tokenizer, encode_prompts(tokenizer, [p.prompt for p in alchemy.requests(8, 1)])
+
+
+OPTIONS = dict(group_size=4, max_new_tokens=60, seed=2, step=1)
+
+
+@pytest.mark.parametrize("keep_cache, max_rows", [(False, 512), (True, 8)])
+def test_a_long_thought_is_closed_and_nothing_else_changes(beginner, keep_cache, max_rows):
+    model, tokenizer, prompts = beginner
+    N, tag = 20, rollout.closing_tokens(tokenizer)
+    free = sample(model, prompts, tokenizer, **OPTIONS)
+    r = sample(model, prompts, tokenizer, thought_tokens=N, keep_cache=keep_cache, max_rows=max_rows,
+               **OPTIONS)
+    thought, answer = r.owners
+    kinds = set()
+    for b in range(len(r.prompt)):
+        p, n = len(prompts[b // 4]), int((free.segment[b] >= 0).sum())
+        end = p + int((r.segment[b] >= 0).sum()) + len(tag) * int(r.cut[b])
+        assert torch.equal(r.tokens[b, :p + N], free.tokens[b, :p + N])
+        open_ = CLOSE not in tokenizer.decode(free.tokens[b, p:p + N])
+        assert r.cut[b] == (open_ and n > N)
+        kinds.add((open_, n > N))
+        if not r.cut[b]:
+            m = min(r.tokens.shape[1], free.tokens.shape[1])
+            assert r.text[b] == free.text[b] and torch.equal(r.segment[b, :m], free.segment[b, :m])
+            continue
+        behind = p + N + len(tag)
+        assert r.tokens[b, p + N:behind].tolist() == tag and r.closed[b]
+        assert (r.segment[b, p + N:behind] == -1).all() and (r.logprob[b, p + N:behind] == 0).all()
+        assert thought[b, p:p + N].all() and not thought[b, p + N:].any()
+        assert answer[b, behind:end].all() and not answer[b, :behind].any() and end > behind
+        assert "".join(r.text[b][:-1]) == tokenizer.decode(r.tokens[b, p:p + N])
+    assert len(kinds) >= 3  # closed early, finished early or cut
+    full = model(r.tokens[:, :-1]).log_softmax(-1).gather(2, r.tokens[:, 1:, None])[..., 0]
+    owned = r.segment[:, 1:] >= 0
+    assert (full - r.logprob[:, 1:])[owned].abs().max() <= 1e-5
+
+
+def test_the_answer_behind_a_forced_tag_is_that_of_a_prefilled_thought(beginner):
+    """Its newlines too: the first one it samples is not the tag's, though text alone could not tell."""
+    model, tokenizer, prompts = beginner
+    cold = dict(seed=3, temperature=1e-6)
+    r = sample(model, prompts, tokenizer, thought_tokens=10, max_new_tokens=30, **cold)
+    behind = 10 + len(rollout.closing_tokens(tokenizer))
+    for b in r.cut.nonzero()[:, 0].tolist():
+        so_far = r.tokens[b, :len(prompts[b]) + 10].tolist()
+        again = sample(model, [so_far], tokenizer, prefill=[CLOSE + "\n\n"], **cold,
+                       max_new_tokens=30 - behind)
+        assert r.text[b][-1] == again.text[0][0]
+    assert r.cut.any()
+
+
+def test_newlines_behind_a_forced_tag_belong_to_the_answer(world):
+    _, tokenizer, model = world
+    ids = tokenizer.encode("a\n\nb") + rollout.closing_tokens(tokenizer) + tokenizer.encode("\n\nI")
+    after, out = len(tokenizer.encode("a\n\nb")), torch.tensor([ids])
+    cut = rollout.thought_cut(tokenizer, after, 100)._replace(closed=[False])
+    sampled = out, torch.full(out.shape, -1.0), torch.tensor([len(ids)]), 0
+    r = rollout.assemble(sampled, [[1]], 0, [""], False, 1, tokenizer, model.stop_ids, cut)
+    assert r.cut.all() and r.owners[1][0].sum() == len(tokenizer.encode("\n\nI"))
+    assert r.owners[0][0].sum() == after and r.thoughts == [["a\n\n", "b"]]
+
+
+def test_a_thought_that_prompt_or_prefill_closed_is_not_cut(beginner):
+    model, tokenizer, prompts = beginner
+    prefill = ["", "x\n\n" + CLOSE + "\n\n"] * 4
+    r = sample(model, prompts, tokenizer, prefill=prefill, thought_tokens=4, **OPTIONS)
+    free = sample(model, prompts, tokenizer, prefill=prefill, **OPTIONS)
+    assert not r.cut.view(4, 2, 4)[:, 1].any() and r.cut.view(4, 2, 4)[:, 0].any()
+    assert all(r.text[b] == free.text[b] for b in range(32) if not r.cut[b])
+    closed = [encode_prompt(tokenizer, "Hi", closed=True)]
+    assert not sample(model, closed, tokenizer, in_answer=True, thought_tokens=4, **OPTIONS).cut.any()
+
+
+def test_a_stop_token_in_the_forced_tag_ends_no_rollout(beginner, monkeypatch):
+    model, tokenizer, prompts = beginner
+    monkeypatch.setattr(model, "stop_ids", rollout.closing_tokens(tokenizer)[-1:])
+    r = sample(model, prompts, tokenizer, thought_tokens=3, **OPTIONS)
+    assert r.cut.any() and (r.owners[1].sum(1) > 0)[r.cut].all()
+
+
+def test_a_cut_without_room_for_an_answer_is_refused(beginner):
+    model, tokenizer, prompts = beginner
+    n = len(rollout.closing_tokens(tokenizer))
+    assert sample(model, prompts, tokenizer, thought_tokens=8, max_new_tokens=9 + n).cut.any()
+    with pytest.raises(InputError, match=f"--thought-tokens 8 and the {n} tokens .* no room for an answer"):
+        sample(model, prompts, tokenizer, thought_tokens=8, max_new_tokens=8 + n)
+
+
 # ---- forced answers --------------------------------------------------------------------------------------
 
-def test_forced_answers_equal_those_of_a_prefilled_thought(world):
+@pytest.mark.parametrize("thought_tokens", [0, 12])
+def test_forced_answers_equal_those_of_a_prefilled_thought(world, thought_tokens):
     """Nearly greedy, so that a fork of the cache and the thought prefilled from the start give one answer."""
     _, tokenizer, model = world
     prompts = [encode_prompt(tokenizer, p.prompt) for p in alchemy.requests(3, 1)]
     seeds = dict(seed=3, step=1)
     cold = dict(temperature=1e-6, max_new_tokens=6, **seeds)
     r = sample(model, prompts, tokenizer, group_size=2, max_new_tokens=24, max_rows=4, keep_cache=True,
-               **seeds)
+               thought_tokens=thought_tokens, **seeds)
     points = [(b, n) for b in range(6) for n in (0, 5, 11)]
     answers, extra = force_answers(model, r, tokenizer, points, samples=2, prompt_ids=[0, 1, 2], max_rows=8,
                                    **cold)

@@ -247,6 +247,47 @@ def test_only_files_and_folders_have_a_fingerprint(tmp_path, monkeypatch):
         assert checkpoint.fingerprints(config).keys() == {"prompts"}
 
 
+# ---- a run without answers -----------------------------------------------------------------------------
+
+def answering(monkeypatch, shares):
+    """Steps have these shares of answers."""
+    train_step = sear.train_step
+
+    def step_with_share(*arguments):
+        row, *others = train_step(*arguments)
+        return row | {"answered": shares[row["step"]]}, *others
+    monkeypatch.setattr(sear, "train_step", step_with_share)
+
+
+def test_five_steps_in_a_row_without_answers_end_the_run(start, tmp_path, monkeypatch, capsys):
+    """The first one warns, an answer starts the count anew, and a stop in between changes nothing."""
+    flags = [*SMALL, "--steps", "12", "--eval-prompts", "0", "--model", start]
+    answering(monkeypatch, [0.5, 0.0, 0.04, 0.0, 0.0, 0.05, 0.0, 0.0, 0.0, 0.0, 0.0, 0.9])
+    assert main(*flags, "--out", tmp_path / "whole") == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if "fewer than 5%" in line]
+    assert len(lines) == 2 and "step 1: fewer than 5%" in lines[0] and "5 such steps in a row" in lines[0]
+    assert lines[1].startswith("sear.py: 5 steps in a row, up to step 10:")
+    for flag in ("--warm-start", "--system", "--thought-tokens", "--max-new-tokens"):
+        assert flag in lines[1]
+    assert len(rows(tmp_path / "whole")) == 11 and not (tmp_path / "whole/model").exists()
+    signal_in(monkeypatch, sear, "rollout_step", 9, signal.SIGTERM)
+    assert main(*flags, "--out", tmp_path / "stopped") == 0
+    assert sum("fewer than" in line for line in capsys.readouterr().err.splitlines()) == 1
+    for _ in range(2):  # again, from the checkpoint that the end left
+        assert main("--resume", tmp_path / "stopped") == 1
+        lines = [line for line in capsys.readouterr().err.splitlines() if "fewer than" in line]
+        assert len(lines) == 1 and "up to step 10" in lines[0]
+    assert rows(tmp_path / "stopped") == rows(tmp_path / "whole")
+
+
+def test_an_untrained_model_is_stopped(world, tmp_path, capsys):
+    folder = shutil.copytree(world[0], tmp_path / "model")
+    world[2].save_pretrained(folder)
+    flags = [*SMALL, "--steps", "9", "--eval-prompts", "0", "--model", folder]
+    assert main(*flags, "--out", tmp_path / "run") == 1
+    assert "5 steps in a row, up to step 4" in capsys.readouterr().err
+
+
 # ---- checkpoints and the disk ----------------------------------------------------------------------------
 
 def test_a_broken_checkpoint_is_one_sentence(run, tmp_path, capsys):
@@ -284,6 +325,7 @@ def test_a_failed_save_keeps_the_old_files(tmp_path):
 
 @pytest.mark.parametrize("flags", [*(f"--objective {name}" for name in list(sear.OBJECTIVES)[1:]),
                                    "--potential probe", "--updates 2", "--prefill-share 0.6",
+                                   "--thought-tokens 12", "--thought-tokens 9 --potential probe",
                                    "--gamma 0.5", "--potential probe --group-size 3 --prompts-per-step 1"])
 def test_every_objective_and_potential_runs(start, tmp_path, flags):
     out, short = tmp_path / "run", "--steps 2 --eval-prompts 1".split()
@@ -293,6 +335,7 @@ def test_every_objective_and_potential_runs(start, tmp_path, flags):
     assert row["logprob_gap"] <= 1e-5
     assert (row["probe_tokens"] > 0) == ("probe" in flags)
     assert (row["thought_tokens"] == 0) == ("no-thought" in flags)
+    assert (row["cut"] > 0) == ("thought-tokens" in flags)
 
 
 REAL = ("--judge rules --steps 2 --prompts-per-step 6 --group-size 4 --max-new-tokens 24 --eval-prompts 2 "
@@ -360,7 +403,8 @@ def test_bad_models_and_devices_are_refused_before_the_run_folder_exists(start, 
     (endless / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
     cases = [(["--model", FIXTURES / "tiny-reward"], "score head"), (["--model", endless], "no eos_token_id"),
              (["--model", tmp_path / "nowhere"], "nowhere/tokenizer.json"),
-             (["--max-new-tokens", "600"], "context holds 512")]
+             (["--max-new-tokens", "600"], "context holds 512"),
+             (["--thought-tokens", "24"], "leave no room for an answer in --max-new-tokens 24")]
     if not torch.cuda.is_available():
         cases.append((["--device", "cuda"], "no CUDA device"))
     for flags, message in cases:

@@ -502,6 +502,8 @@ def test_every_knob_has_a_sentence_and_a_reader():
     ("--prompts p.csv", "--prompts needs --model"),
     ("--plan 80", "--plan needs --prompts"),
     ("--label harmful", "--label needs --prompts"),
+    ("--system Think.", "--system needs --model"),
+    ("--warm-start f.jsonl", "--warm-start needs --model"),
     ("--judge rules", "--judge rules cannot judge the embedded world"),
     ("--model m --prompts p.csv --judge alchemy", "--judge alchemy cannot judge p.csv; expected rules"),
     ("--reward-model r", "--reward-model does not apply to the embedded world"),
