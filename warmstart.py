@@ -47,7 +47,7 @@ STEPS, BATCH, RATE = 900, 32, 3e-3  # supervised steps, demonstrations a step, p
 ATTEMPTS, FLUENT = 3, 0.8  # random starts tried; a start is fluent (0.99) or not at all (0.00)
 BUDGET = 2048  # padded tokens of a micro-batch: a few rows are long, and would pad all the others
 # --warm-start, from a checkpoint: a usual rate for it, and two passes over the file. A small file gets more
-# of them: 90 steps taught SmolLM2-135M the format (every rollout had an answer).
+# of them: 40 steps of 4 rows took SmolLM2-135M from no answer to one in 10 of 16 rollouts.
 PASSES, MIN_STEPS, ROWS, TUNE_RATE = 2, 90, 16, 2e-5
 
 
