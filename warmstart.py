@@ -46,9 +46,9 @@ from rollout import check_length, closing_tokens, encode_prompt, thought_cut, un
 STEPS, BATCH, RATE = 900, 32, 3e-3  # supervised steps, demonstrations a step, peak learning rate
 ATTEMPTS, FLUENT = 3, 0.8  # random starts tried; a start is fluent (0.99) or not at all (0.00)
 BUDGET = 2048  # padded tokens of a micro-batch: a few rows are long, and would pad all the others
-# --warm-start, from a checkpoint: a usual rate for it, and two passes over the file. A small file gets more
-# of them: 40 steps of 4 rows took SmolLM2-135M from no answer to one in 10 of 16 rollouts.
-PASSES, MIN_STEPS, ROWS, TUNE_RATE = 2, 90, 16, 2e-5
+# --warm-start, from a checkpoint: two passes over the file, in steps of at most 16 rows. A small
+# file is cut into at least 90 steps, which taught SmolLM2-135M the format.
+PASSES, MIN_STEPS, ROWS, TUNE_RATE = 2, 90, 16, 5e-5
 
 
 # ---- the user's flags and files -------------------------------------------------------------------------
@@ -363,13 +363,14 @@ def train_on_file(c, run: Path, device: str) -> None:
     tokenizer.now = checkpoint.read_environment(run)["time"]
     model = checkpoint.on_all_ranks(lambda: load_model(c, c.model, tokenizer, device))
     rows, held = read_demonstrations(c.warm_start, tokenizer, model)
+    size = min(ROWS, max(1, PASSES * len(rows) // MIN_STEPS))
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
-        chosen = in_shuffled_passes(rows, ROWS, c.seed, step)
-        return pad([chosen[i] for i in np.array_split(np.arange(ROWS), world)[rank]])
-    train(model, batch, max(MIN_STEPS, math.ceil(PASSES * len(rows) / ROWS)), TUNE_RATE, run,
+        chosen = in_shuffled_passes(rows, size, c.seed, step)
+        return pad([chosen[i] for i in np.array_split(np.arange(size), world)[rank]])
+    train(model, batch, math.ceil(PASSES * len(rows) / size), TUNE_RATE, run,
           c.tokens_per_micro_batch, c.save_every, held=pad(held[rank::world]),
-          held_every=math.ceil(len(rows) / ROWS))
+          held_every=math.ceil(len(rows) / size))
     checkpoint.on_all_ranks(lambda: checkpoint.export(run / "start", model, tokenizer))
 
 
