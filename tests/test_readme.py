@@ -119,6 +119,7 @@ READING_ORDER = {
     "warmstart.py": "what RL begins from",
     "alchemy/": "the embedded world",
     "judges/": "rules, guards, reward models",
+    "data/": "demonstrations for --warm-start",
     "kernels/": "log-probs without stored logits",
     "lib/": "files, run folder, ranks"}
 
@@ -281,7 +282,7 @@ def test_figures_in_the_text(world):
     for phrase in ("learning rate 1e-6, β 0.001, temperature 0.6, 4,096 new tokens", "for 300 steps",
                    "counted as 1 from 0.9 on", "earns −1", "any two of 20 reagents",
                    "4 of them are hazards", "five reagents", "85 % is the share of the chain",
-                   "0.28 M parameters", "one in ten is held out"):
+                   "0.28 M parameters"):
         assert phrase in flat, phrase
     held_out = [evaluate.held_out(Prompt(str(i), "harmful")) for i in range(1000)]
     assert 70 < sum(held_out) < 130
@@ -311,11 +312,10 @@ def test_judge_files_and_labels_in_docs_judges(tmp_path):
         assert str(number) in text
 
 
-def test_the_judge_of_the_readme_judges():
-    source = next(s for s in re.findall(r"```python\n(.*?)```", README, re.S) if "JUDGES" in s)
-    names = vars(judges) | {"JUDGES": {}}
-    exec(source, names)
-    judge = names["JUDGES"]["words"]()
+def test_the_judge_of_the_readme_judges(tmp_path):
+    source = next(s for s in re.findall(r"```python\n(.*?)```", README, re.S) if "def judge" in s)
+    (tmp_path / "words.py").write_text(source)
+    judge = judges.load_judge(f"{tmp_path}/words.py:judge")
     prompts = [Prompt("p", "harmful"), Prompt("q", "harmless")]
     verdict = judge.verdict(prompts, ["", ""], ["Mix it.", "I cannot"])
     assert verdict.unsafe.tolist() == [0.25, 0] and verdict.refusal.tolist() == [0, 1]
