@@ -21,6 +21,7 @@ import torch
 from helpers import ROOT, ranks_table
 
 import alchemy.world as alchemy
+import bench
 import evaluate
 import judges
 import rewards
@@ -35,7 +36,7 @@ PAGES = {"README.md": README} | {f"docs/{p.name}": p.read_text() for p in sorted
 ENVIRONMENT = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
 SHORT = "--steps 2 --prompts-per-step 2 --group-size 2 --eval-prompts 1 --max-new-tokens 12".split()
 ORDER = ("lib tables attention model lora rollout batches alchemy judges rewards evaluate warmstart data "
-         "sear").split()  # imports point to the left
+         "sear bench").split()  # imports point to the left
 LAYER = {name: i for i, name in enumerate(ORDER)} | {"kernels": 0}
 SOURCES = [p for p in sorted(ROOT.rglob("*.py"))
            if not any(part in ("tests", "runs") or part[0] == "." for part in p.relative_to(ROOT).parts)]
@@ -116,6 +117,7 @@ READING_ORDER = {
     "lora.py": "low-rank adapters",
     "evaluate.py": "attacks, rates",
     "tables.py": "tables, pictures",
+    "bench.py": "speed, beside transformers and TRL",
     "warmstart.py": "what RL begins from",
     "alchemy/": "the embedded world",
     "judges/": "rules, guards, reward models",
@@ -200,6 +202,8 @@ def check_command(words, capsys):
         sear.parse(flags)
     elif script == "rewards.py":
         rewards.parse(flags)
+    elif script == "bench.py":
+        bench.parse(flags)
     elif script == "evaluate.py":  # its parser took the flags if a file is what it misses
         assert evaluate.main(flags) == 2 and "config.json" in capsys.readouterr().err
     return script
