@@ -14,9 +14,9 @@ Our reading of "Addressing Over-Refusal in LLMs with Competing Rewards" (arXiv 2
      9  update the model once
     10  log the step, show a rollout now and then, save a checkpoint
 
-Equations (2) to (5) are in rewards.py, (6) and (7) below; (1) is the judge's or the probe's. What is simplified:
-no value network, no entropy bonus, no top-k or top-p (what is sampled is what is differentiated), one model on
-every rank, no asynchrony.
+Equations (2) to (5) are in rewards.py, (6) and (7) below; (1) is the judge's or the probe's. What is
+simplified: no value network, no entropy bonus, no top-k or top-p (what is sampled is what is
+differentiated), one model on every rank, no asynchrony.
 
 Shapes: B rollouts, T tokens, K thought segments, G rollouts of a prompt, b rows of a micro-batch, N tokens
 of a micro-batch that a player owns.
