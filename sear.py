@@ -99,7 +99,7 @@ class Config:
     reward_model: str = knob("", "folder of a reward model for helpfulness; empty: 1 - refusal")
     out: str = knob("", "run folder; empty: runs/<objective>-seed<seed>")
     resume: str = knob("", "run folder to continue, to the same bits; auto: that of --out, if it exists")
-    device: str = knob("cpu", "where to run; auto: on CUDA if there is any", ("auto", "cpu", "cuda"))
+    device: str = knob("cpu", "where to run; auto: on CUDA if there is any", ("auto", "cpu", "cuda", "mps"))
     chain: int = knob(5, "reagents of a request of the embedded world: longer thoughts", low=2, high=14)
     seed: int = knob(1, "seed of the start model, the requests and the sampling", low=0, high=2**31)
     # Sampling
