@@ -155,6 +155,13 @@ class Transformer(nn.Module):
         model gives scores [B, T, num_labels]; the one of the last real token counts."""
         return self.head(self.hidden(tokens, attention_mask, cache))
 
+    def exact_logits(self, states: Tensor) -> Tensor:
+        """Logits [N, V] of states [N, D] in fp32. Rounded to bf16 they would be another distribution."""
+        weight = self.head.weight.to(states.dtype) if self.head.cast is None else self.head.cast
+        if states.is_cuda and states.dtype != torch.float32:
+            return torch.mm(states, weight.T, out_dtype=torch.float32)
+        return F.linear(states, weight).float()
+
     def hidden(self, tokens, attention_mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Final normed states [B, T, D]. Without mask and cache attention is plainly causal, which is fast;
         right padding then does no harm, since real tokens do not see it. A cache is extended by the T tokens.

@@ -23,7 +23,7 @@ BLANK_LINE = re.compile(rb"\n(?:[ \t\r]*\n)+")
 BEFORE, MESSAGE = "\ue000answer\ue000", "\ue000message\ue000"  # private-use marks to find text in a template
 MIN_ROWS = 16  # smaller matmuls round differently, and a rollout must not depend on the size of its batch
 LIVE_SHARE = 0.75  # below it finished rows are dropped from the batch
-LOOK_EVERY = {"cpu": 1, "cuda": 16}  # tokens between two looks at what has finished: each makes a GPU wait
+LOOK_EVERY = {"cpu": 1, "cuda": 16, "mps": 16}  # tokens between looks at what has ended: a GPU waits
 CACHE_BLOCK = 512  # columns by which a cache grows, since few rollouts use all their tokens
 
 
@@ -105,20 +105,13 @@ def sample_token(logits: Tensor, u: Tensor, temperature: float) -> tuple[Tensor,
 
     The sum runs in float64: in fp32 at V = 152k the cumulative sum stalls in its tail, and u can select a
     token of probability zero. u is scaled by the last sum, which need not be exactly 1."""
+    if logits.device.type == "mps":  # it has no float64
+        return tuple(x.to(logits.device) for x in sample_token(logits.cpu(), u, temperature))
     logprob = torch.log_softmax(logits.float() / temperature, -1)  # [B, V]
     cdf = logprob.double().exp_().cumsum(-1)  # [B, V]
     token = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)  # [B, 1]
     token = token.clamp_(max=logits.shape[1] - 1)
     return token[:, 0], logprob.gather(1, token)[:, 0]
-
-
-def next_token(model: Transformer, states: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """states [B, D], u [B] -> token [B], log-prob [B] fp32."""
-    if states.dtype == torch.float32:
-        return sample_token(model.head(states), u, temperature)
-    weight = model.head.weight.to(states.dtype) if model.head.cast is None else model.head.cast
-    # In fp32: logits rounded to bf16 are not the distribution that is trained.
-    return sample_token(torch.mm(states, weight.T, out_dtype=torch.float32), u, temperature)
 
 
 def render_prompt(tokenizer: Tokenizer, text: str, after_answer: bool) -> str:
@@ -261,7 +254,7 @@ def decode(model: Transformer, cache: Cache, states: Tensor, u: Tensor, temperat
     """Samples at most N tokens for each of B rows, from u [B, N] float64. Finished rows leave the batch.
     -> tokens [B, N], log-probs [B, N] (0 for a forced tag), length [B] (stop token included), row-steps."""
     (B, N), device, every = u.shape, model.device, LOOK_EVERY[model.device.type]
-    u = u.to(device)
+    u = u.to("cpu" if device.type == "mps" else device)
     out = torch.zeros(B, N, dtype=torch.long, device=device)
     logprob = torch.zeros(B, N, device=device)
     length = torch.zeros(B, dtype=torch.long, device=device)
@@ -272,7 +265,7 @@ def decode(model: Transformer, cache: Cache, states: Tensor, u: Tensor, temperat
         cache, states = cache.rows(live), states[live]
     row_steps, is_cut = 0, None
     for t in range(N):
-        token, lp = next_token(model, states, u[live, t], temperature)  # [rows]
+        token, lp = sample_token(model.exact_logits(states), u[live.to(u.device), t], temperature)  # [rows]
         stops = (token[:, None] == stop).any(1)
         if cut is not None and 0 <= t - cut.after < len(cut.tag):
             is_cut = cut.rows(out).to(device) if t == cut.after else is_cut  # [B]

@@ -8,13 +8,15 @@ Our reading of "Addressing Over-Refusal in LLMs with Competing Rewards" (arXiv 2
      4  reward each segment with its progress Phi_k - Phi_{k-1}, summed into a return               (2) (3)
      5  reward the answer: safe on a harmful prompt, helpful on a harmless one                         (4)
      6  give a malformed rollout -1                                                                    (5)
-     7  compare returns within the G rollouts of a prompt, each player on its own: advantages          (6)
+     7  compare within the G rollouts of a prompt: an answer with the group's mean, a segment's pay
+        with what the group earns from a similar Phi: advantages                                       (6)
      8  add a clipped policy gradient for the thought, one for the answer, and a KL to the start       (7)
      9  update the model once
     10  log the step, show a rollout now and then, save a checkpoint
 
-Equations (1) to (5) are in rewards.py, (6) and (7) below. What is simplified: no value network, no entropy
-bonus, no top-k or top-p (what is sampled is what is differentiated), one model on every rank, no asynchrony.
+Equations (2) to (5) are in rewards.py, (6) and (7) below; (1) is the judge's or the probe's. What is
+simplified: no value network, no entropy bonus, no top-k or top-p (what is sampled is what is
+differentiated), one model on every rank, no asynchrony.
 
 Shapes: B rollouts, T tokens, K thought segments, G rollouts of a prompt, b rows of a micro-batch, N tokens
 of a micro-batch that a player owns.
@@ -52,8 +54,8 @@ from rollout import Rollouts, encode_prompt, sample
 from warmstart import load_start, prepare_start, read_inputs, step_prompts
 
 OUT = "runs/{objective}-seed{seed}"  # the default run folder
-FLOOR = 0.05  # of the spread in (6): smaller differences than .15 in one of eight rollouts are noise
-NEARBY = 0.2  # potentials that differ by less share a baseline, in proportion
+FLOOR = 0.05  # of the std in (6), which is that of a .15 difference in one of eight rollouts
+NEARBY = 0.2  # a return's weight in a baseline falls linearly to 0 at this difference in potential
 WARMUP = 5  # steps over which the learning rate rises, since AdamW's first estimates are noisy
 SHOW_EVERY = 40  # steps between transcripts
 SHOWN = ("answered", "answer_reward", "over_refusal", "kl")  # in the progress bar
@@ -97,7 +99,7 @@ class Config:
     reward_model: str = knob("", "folder of a reward model for helpfulness; empty: 1 - refusal")
     out: str = knob("", "run folder; empty: runs/<objective>-seed<seed>")
     resume: str = knob("", "run folder to continue, to the same bits; auto: that of --out, if it exists")
-    device: str = knob("cpu", "where to run; auto: on CUDA if there is any", ("auto", "cpu", "cuda"))
+    device: str = knob("cpu", "where to run; auto: on CUDA if there is any", ("auto", "cpu", "cuda", "mps"))
     chain: int = knob(5, "reagents of a request of the embedded world: longer thoughts", low=2, high=14)
     seed: int = knob(1, "seed of the start model, the requests and the sampling", low=0, high=2**31)
     # Sampling
@@ -112,7 +114,7 @@ class Config:
     # Rewards
     potential: str = knob("text", "Phi: a judge reads the thought, or forced answers", ("text", "probe"))
     probe_samples: int = knob(2, "forced answers at each segment's end, for --potential probe", low=1)
-    gamma: float = knob(1.0, "discount in (3); 1 = full credit for everything that follows", low=0, high=1)
+    gamma: float = knob(1.0, "discount in (3), for dense credit; 1: all that follows counts", low=0, high=1)
     # Loss and optimizer
     answer_weight: float = knob(2.0, "w_A of (7); above 1 so that the answer player keeps up", low=0)
     beta: float = knob(0.02, "weight of the KL to the frozen start; 0 loads no reference model", low=0)
@@ -143,22 +145,21 @@ CHECKPOINT_DEFAULTS = dict(device="auto", judge="rules", learning_rate=1e-6, bet
 
 # ---- objectives, advantages, loss ------------------------------------------------------------------------
 
-def player_advantages(objective: Objective, scores: Scores, harmful: Tensor, G: int) -> tuple[Tensor, Tensor]:
-    """-> advantages of the thought's segments [B, K] and of the answer [B]."""
-    pay, K = thought_pay(objective.target, scores, harmful), scores.process.shape[1]
-    answer = advantages(scores.answer, G)
-    if objective.credit == "dense":
+def player_advantages(credit: str, pay: Tensor, scores: Scores, G: int) -> tuple[Tensor, Tensor]:
+    """Spreads the thought's pay [B] -> advantages of its segments [B, K] and of the answer [B]."""
+    answer, K = advantages(scores.answer, G), scores.process.shape[1]
+    if credit == "dense":
         return dense_advantages(scores, pay, G), answer
-    if objective.credit == "shared":
+    if credit == "shared":
         answer = advantages(pay + scores.answer.nan_to_num(MALFORMED), G)
-    thought = advantages(pay, G) if objective.credit == "once" else answer
+    thought = advantages(pay, G) if credit == "once" else answer
     return thought[:, None].expand(-1, max(1, K)), answer
 
 
 def dense_advantages(scores: Scores, pay: Tensor, G: int) -> Tensor:
-    """Credit of each segment, [B, K]: Phi_{k-1} + R_k, against the same of what the group does from a similar
-    Phi_{k-1}: going on, or stopping there. With gamma = 1 this is the pay of the whole thought, so a group of
-    equals has no advantage. An idle segment leaves Phi as it is and shifts none of those behind it."""
+    """Advantages of segments, [B, K]. A segment's value is Phi_{k-1} + R_k: with gamma = 1 the pay of its
+    whole thought, so a thought's segments differ in their baselines alone. A baseline is the mean value of
+    the group's segments that begin at a similar Phi_{k-1}, and of thoughts that end at it."""
     state = scores.potential.nan_to_num(0.0)  # [B, K + 1] before each segment, and at the end
     value = torch.where(scores.well_formed[:, None], state[:, :-1] + scores.process, scores.process)  # [B, K]
     value = torch.nn.functional.pad(value, (0, 1), value=torch.nan)  # [B, K + 1]
@@ -291,15 +292,15 @@ def rollout_step(c: Config, model: Transformer, tokenizer: Tokenizer, judge: Jud
 
 def train_step(c: Config, model, reference, optimizer, tokenizer, judge, pool, step: int):
     """-> the step's row of metrics.jsonl, transcripts of its first harmful and first harmless rollout, and,
-    if loss or gradient is not finite (the update is skipped then), its rollouts."""
+    if loss or gradient is not finite (this and the remaining updates are skipped), its rollouts."""
     with unsharded(model):
         prompts, rollouts, scores, seconds = rollout_step(c, model, tokenizer, judge, pool, step)
     begin, seconds["communicate"] = time.perf_counter(), 0.0
     harmful = torch.tensor([p.label == "harmful" for p in prompts], dtype=torch.bool)
     objective = OBJECTIVES[c.objective]
-    thought, answer = player_advantages(objective, scores, harmful, c.group_size)
-    advantage = token_advantages(rollouts, thought, answer)
     pay = thought_pay(objective.target, scores, harmful)
+    thought, answer = player_advantages(objective.credit, pay, scores, c.group_size)
+    advantage = token_advantages(rollouts, thought, answer)
     statistics = evaluate.credit_statistics(pay, scores.answer, thought, c.group_size)
     optimizer.param_groups[0]["lr"] = rate = learning_rate(c, step)
     gap = None

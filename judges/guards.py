@@ -300,10 +300,7 @@ def read_answers(reader: Reader, prompts: list[Prompt], answers: list[str]) -> T
 def verdict_probs(reader: Reader, states: Tensor, ask: list[Question]) -> Tensor:
     """Verdicts [n, Q] from the states [n, Q, D] at the positions read, or scores [n, 1] without questions.
     Raises InputError if the verdict words have too little of the probability or a score is not finite."""
-    weight = reader.model.head.weight  # [V, D]
-    flat = states.flatten(0, 1)
-    # fp32: logits rounded to bf16 would hardly tell 0.90 from 0.91.
-    flat = torch.mm(flat, weight.T, out_dtype=torch.float32) if flat.is_cuda else flat @ weight.T  # [n Q, V]
+    flat = reader.model.exact_logits(states.flatten(0, 1))  # [n Q, V]
     if not ask:
         bad = flat[~flat.isfinite()].tolist()
         expect(not bad, f"{reader.name}: a score", "a finite number", bad[:1])

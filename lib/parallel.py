@@ -27,7 +27,13 @@ LOST = ("gloo/transport", "NCCL", "Connection closed by peer", "Connection reset
 # ---- start and end ---------------------------------------------------------------------------------------
 
 def rank_device(choice: str) -> str:
-    """The device of this rank. Raises InputError for CUDA without a CUDA device, or with too few."""
+    """The device of this rank: the CPU where mps is missing. Raises InputError for CUDA without a CUDA
+    device, or with too few. Nobody has run mps so far."""
+    if choice == "mps":
+        if torch.backends.mps.is_available():
+            return "mps"
+        print("--device mps: torch sees no such device here, so the run is on the CPU", file=sys.stderr)
+        return "cpu"
     if choice == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no CUDA device here")
     if choice == "cpu" or not torch.cuda.is_available():

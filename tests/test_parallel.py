@@ -483,3 +483,10 @@ if __name__ == "__main__":  # under torchrun: rank 1 is killed before the restar
     elif os.environ["RANK"] == "0":
         time.sleep(2)  # so that rank 1 comes first and finds what the dead ranks left in torchrun's store
     sys.exit(sear.main(sys.argv[1:]))
+
+
+def test_without_mps_the_run_is_on_the_cpu_and_says_so(capsys):
+    if torch.backends.mps.is_available():
+        pytest.skip("there is such a device here")
+    assert parallel.rank_device("mps") == "cpu"
+    assert "--device mps: torch sees no such device here" in capsys.readouterr().err

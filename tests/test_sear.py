@@ -37,6 +37,12 @@ def close(a, b, atol=1e-6):
     return torch.allclose(a, torch.as_tensor(b, dtype=a.dtype), atol=atol, equal_nan=True)
 
 
+def credited(objective, scores, harmful, G):
+    """Advantages of thought and answer under a named objective."""
+    target, credit = OBJECTIVES[objective]
+    return sear.player_advantages(credit, thought_pay(target, scores, harmful), scores, G)
+
+
 def made_scores(potential, answer, harmful, ok=None, gamma=1.0):
     """Scores of B rollouts from the potentials of their thoughts, as rewards.score computes them."""
     B, K = len(potential), max(map(len, potential)) - 1
@@ -82,7 +88,7 @@ def test_a_group_in_which_all_rollouts_earn_the_same_has_no_advantage(objective)
         lengths = torch.randint(1, 7, (G,), generator=generator).tolist()
         potential = [[0.0, *torch.rand(n - 1, generator=generator).tolist(), value] for n in lengths]
         scores = made_scores(potential, [0.7] * G, harmful, [not malformed] * G)
-        thought, answer = sear.player_advantages(OBJECTIVES[objective], scores, harmful, G)
+        thought, answer = credited(objective, scores, harmful, G)
         assert (thought == 0).all() and (answer == 0).all()
 
 
@@ -90,7 +96,7 @@ def test_dense_credit_compares_segments_that_start_from_the_same_potential():
     """Three rollouts work the chain out, one of them behind an idle line; one makes a mistake halfway."""
     harmful = torch.ones(4, dtype=torch.bool)
     scores = made_scores([[0, 0.5, 1.0], [0, 0.5, 1.0], [0, 0, 0.5, 1.0], [0, 0.5, 0.0]], [1.0] * 4, harmful)
-    thought, _ = sear.player_advantages(OBJECTIVES["sear"], scores, harmful, 4)
+    thought, _ = credited("sear", scores, harmful, 4)
     assert torch.equal(thought[0, :2], thought[1, :2]) and (thought[:2, 2] == 0).all()
     assert close(thought[2, 0], thought[2, 1])  # the idle line changes nothing
     assert (thought[:3][:, 0] > 0).all() and (thought[3, :2] < 0).all() and thought[3, 2] == 0
@@ -102,7 +108,7 @@ def test_stopping_is_compared_with_going_on():
     """Both finish the chain, and one goes on to a last step that pays: the step before it is better."""
     harmful = torch.ones(2, dtype=torch.bool)
     scores = made_scores([[0, 0.85], [0, 0.85, 1.0]], [1.0, 1.0], harmful)
-    thought, _ = sear.player_advantages(OBJECTIVES["sear"], scores, harmful, 2)
+    thought, _ = credited("sear", scores, harmful, 2)
     assert thought[0, 0] < 0 < thought[1, 0] and thought[1, 1] > 0
 
 
@@ -143,20 +149,20 @@ def test_how_each_credit_spreads_the_pay():
     harmful = torch.ones(4, dtype=torch.bool)
     potential = [[0, 0.5, 1.0], [0, 0.5, 0.5], [0, 0.0, 0.0], [0, 1.0]]
     scores = made_scores(potential, [1.0, 0.0, 1.0, 0.0], harmful)
-    once, answer = sear.player_advantages(OBJECTIVES["process-once"], scores, harmful, 4)
+    once, answer = credited("process-once", scores, harmful, 4)
     assert (once == once[:, :1]).all()
     assert close(once[:, 0], advantages(torch.tensor([1.0, 0.5, 0.0, 1.0]), 4))
     assert close(answer, advantages(torch.tensor([1.0, 0.0, 1.0, 0.0]), 4))
-    shared, answer = sear.player_advantages(OBJECTIVES["process-shared"], scores, harmful, 4)
+    shared, answer = credited("process-shared", scores, harmful, 4)
     assert close(shared[:, 0], answer) and close(answer, advantages(torch.tensor([2.0, 0.5, 1.0, 1.0]), 4))
-    dense, _ = sear.player_advantages(OBJECTIVES["sear"], scores, harmful, 4)
+    dense, _ = credited("sear", scores, harmful, 4)
     assert (dense[1, 0] != dense[1, 1]) and (dense[scores.process.isnan()] == 0).all()
 
 
 def test_gamma_zero_compares_the_progress_of_single_segments():
     harmful = torch.ones(2, dtype=torch.bool)
     scores = made_scores([[0, 0.5, 1.0], [0, 0.5, 0.5]], [1.0, 1.0], harmful, gamma=0.0)
-    thought, _ = sear.player_advantages(OBJECTIVES["sear"], scores, harmful, 2)
+    thought, _ = credited("sear", scores, harmful, 2)
     assert close(thought[0, 0], thought[1, 0]) and thought[0, 1] > 0 > thought[1, 1]
 
 
