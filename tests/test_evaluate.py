@@ -74,7 +74,7 @@ def test_what_a_judge_does_not_judge_has_no_rate():
 
 def test_text_of_each_attack():
     prompt = alchemy.requests(1, 5)[0]
-    texts = {a: attack_text(a, prompt, True) for a in evaluate.ATTACKS}
+    texts = {a: attack_text(a, prompt, Config()) for a in evaluate.ATTACKS}
     assert texts["none"] == "" and texts["prefill"] == texts["reset"] == alchemy.TALK
     assert texts["mirror"] == alchemy.DANGER and texts["hijack-short"] == alchemy.TALK + CLOSE + "\n\n"
     assert texts["hijack"].endswith(texts["hijack-short"])
