@@ -96,9 +96,10 @@ def survives(tokenizer: Tokenizer, tokens: list[int]) -> bool:
 
 
 def plain_tokens(tokenizer: Tokenizer) -> list[int]:
-    """The tokens to attack with: whole characters without a special meaning."""
+    """The tokens to attack with: printable text and newlines, without a special meaning."""
     special = {*tokenizer.added.values()}
-    return [t for t in range(tokenizer.n_tokens) if t not in special and survives(tokenizer, [t])]
+    return [t for t in range(tokenizer.n_tokens) if t not in special and survives(tokenizer, [t])
+            and text_of(tokenizer, [t]).replace("\n", "").isprintable()]
 
 
 def gcg(model: Transformer, tokenizer: Tokenizer, prompt: list[int], target: list[int], plain: list[int], *,

@@ -21,6 +21,7 @@ import torch
 from helpers import ROOT, ranks_table
 
 import alchemy.world as alchemy
+import attacks
 import evaluate
 import judges
 import rewards
@@ -34,8 +35,8 @@ README = (ROOT / "README.md").read_text()
 PAGES = {"README.md": README} | {f"docs/{p.name}": p.read_text() for p in sorted(ROOT.glob("docs/*.md"))}
 ENVIRONMENT = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
 SHORT = "--steps 2 --prompts-per-step 2 --group-size 2 --eval-prompts 1 --max-new-tokens 12".split()
-ORDER = ("lib tables attention model lora rollout batches alchemy judges rewards evaluate warmstart "
-         "sear").split()  # imports point to the left
+ORDER = ("lib tables attention model lora rollout batches alchemy judges rewards evaluate warmstart sear "
+         "attacks").split()  # imports point to the left
 LAYER = {name: i for i, name in enumerate(ORDER)} | {"kernels": 0}
 SOURCES = [p for p in sorted(ROOT.rglob("*.py"))
            if not any(part in ("tests", "runs") or part[0] == "." for part in p.relative_to(ROOT).parts)]
@@ -115,6 +116,7 @@ READING_ORDER = {
     "attention.py": "KV cache, packed rows, masks, rotary",
     "lora.py": "low-rank adapters",
     "evaluate.py": "attacks, rates",
+    "attacks.py": "attacks that adapt: GCG, beam search",
     "tables.py": "tables, pictures",
     "warmstart.py": "what RL begins from",
     "alchemy/": "the embedded world",
@@ -201,6 +203,8 @@ def check_command(words, capsys):
         rewards.parse(flags)
     elif script == "evaluate.py":  # its parser took the flags if a file is what it misses
         assert evaluate.main(flags) == 2 and "config.json" in capsys.readouterr().err
+    elif script == "attacks.py":
+        attacks.parse(flags)
     return script
 
 
