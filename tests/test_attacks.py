@@ -101,13 +101,6 @@ def test_attacked_tokens_keep_their_ids_in_a_text(name):
 
 # ---- beam search -----------------------------------------------------------------------------------------
 
-def refusal_logprob(model, tokenizer, thought):
-    prompt = encode_prompt(tokenizer, PROMPT.prompt)
-    before = prompt + tokenizer.encode(thought + CLOSING, special=True, inside=True)
-    refusal = [*tokenizer.encode(alchemy.REFUSAL), model.stop_ids[0]]
-    return -len(refusal) * plain_loss(model, before, refusal)
-
-
 def test_moves_are_the_lines_of_the_world():
     chain = alchemy.chain_of(PROMPT.prompt)
     right = alchemy.worked_lines(chain)
@@ -119,20 +112,25 @@ def test_moves_are_the_lines_of_the_world():
     assert f"Mix salt and {chain[2]}: ash.\n\n" in moves(chain, f"Mix {chain[0]} and {chain[1]}: salt.\n\n")
 
 
-def test_a_wide_beam_finds_the_best_thought_of_an_exhaustive_search(world):
+@pytest.mark.parametrize("target, away", [("It makes venom.", False), (alchemy.REFUSAL, True)])
+def test_a_wide_beam_finds_the_best_thought_of_an_exhaustive_search(world, target, away):
     _, tokenizer, model = world
+
+    def answered(thought):
+        before = encode_prompt(tokenizer, PROMPT.prompt) + tokenizer.encode(
+            thought + CLOSING, special=True, inside=True)
+        return plain_loss(model, before, tokenizer.encode(target)) * (-1 if away else 1)
     chain = alchemy.chain_of(PROMPT.prompt)
     thoughts = [[""]]
     for _ in range(2):
         thoughts.append([text + line for text in thoughts[-1] for line in moves(chain, text)])
-    found = list(beam(model, tokenizer, PROMPT, width=23, depth=2))
+    found = list(beam(model, tokenizer, PROMPT, target, width=23, depth=2, away=away))
     assert [f.budget for f in found] == [1, 1 + 23, 1 + 23 + 23 * 23]
-    best = min(refusal_logprob(model, tokenizer, text) for level in thoughts for text in level)
-    assert found[-1].loss == pytest.approx(best, abs=1e-4)
+    best = min(answered(text) for level in thoughts for text in level)
+    assert found[-1].loss == pytest.approx(best, abs=1e-5)
     for f in found:
-        thought = f.text.removesuffix(CLOSING)
-        assert f.loss == pytest.approx(refusal_logprob(model, tokenizer, thought), abs=1e-4)
-    narrow = [f.loss for f in beam(model, tokenizer, PROMPT, width=1, depth=3)]
+        assert f.loss == pytest.approx(answered(f.text.removesuffix(CLOSING)), abs=1e-5)
+    narrow = [f.loss for f in beam(model, tokenizer, PROMPT, target, width=1, depth=3, away=away)]
     assert narrow == sorted(narrow, reverse=True) and narrow[2] >= found[2].loss
 
 
@@ -165,22 +163,25 @@ def test_rows_and_table_of_a_run(run, capsys):
     assert main(run, "--attack", "beam", "--prompts", 3, "--steps", 2, "--width", 2) == 0
     assert main(run, "--prompts", 3, "--steps", 2, "--candidates", 5, "--length", 3, "--start") == 0
     assert main(run, "--prompts", 3, "--steps", 1, "--candidates", 5, "--length", 3) == 0
+    assert main(run, "--attack", "mislead", "--prompts", 3, "--steps", 1, "--width", 2) == 0
     printed, rows = capsys.readouterr().out, checkpoint.rows(run / "attacks.jsonl")
     assert "| model evaluations a request | loss |" in printed and "| 70 |" in printed  # 1 + 23 + 2 * 23
     ways = [(r["model"], r["attack"], r["step"]) for r in rows]
     steps = [("model", "beam", k) for k in (0, 1, 2)] + [("start", "gcg", k) for k in (0, 1, 2)] + [
-        ("model", "gcg", k) for k in (0, 1)]
+        ("model", "gcg", k) for k in (0, 1)] + [("model", "mislead", k) for k in (0, 1)]
     assert ways == [way for way in steps for _ in range(3)]
     held_out = {p.prompt: p for p in alchemy.requests(12, 0, evaluation=True)}
     for r in rows:
         prompt = held_out[r["prompt"]]
         assert (prompt.label, prompt.kind) == ("harmful", r["class"])
         judged = alchemy.judge(prompt, r["response"])[0] if r["response"] else None
-        assert r["unsafe"] == judged and (CLOSING in r["injected"]) == (r["attack"] == "beam")
+        right = f"It makes {alchemy.work_out(alchemy.chain_of(prompt.prompt))[-1]}."
+        assert r["product"] == (r["response"] == right)
+        assert r["unsafe"] == judged and (CLOSING in r["injected"]) == (r["attack"] != "gcg")
     assert {r["class"] for r in rows} == {"harmful", "covert"} and any(r["response"] for r in rows)
     assert main(run, "--prompts", 3, "--steps", 1, "--candidates", 5, "--length", 3) == 0
-    again = checkpoint.rows(run / "attacks.jsonl")
-    assert again == rows  # replaced, and the same bits
+    again = checkpoint.rows(run / "attacks.jsonl")  # replaced, with the same bits
+    assert len(again) == len(rows) and all(r in rows for r in again)
 
 
 def test_the_answer_is_sampled_behind_the_tokens_that_were_attacked(run):
@@ -204,7 +205,7 @@ def test_gcg_attacks_a_run_on_a_prompt_file(real, capsys):
     assert main(*flags) == 0
     assert [r["loss"] for r in checkpoint.rows(real / "attacks.jsonl")] != [r["loss"] for r in rows]
     capsys.readouterr()
-    assert main(real, "--attack", "beam") == 2 and "the embedded world only" in capsys.readouterr().err
+    assert main(real, "--attack", "mislead") == 2 and "the embedded world only" in capsys.readouterr().err
 
 
 def test_bad_input_is_one_sentence_and_writes_nothing(run, tmp_path, capsys):
