@@ -92,6 +92,7 @@ class Config:
     prompts: str = knob("", "prompt file (JSONL, XSTest, OR-Bench, ...); empty: the embedded world")
     label: str = knob("", "label of all prompts of a file that has none", ("", "harmful", "harmless"))
     eval_file: str = knob("", "prompt files to evaluate on, between commas; empty: one in ten of --prompts")
+    injections: str = knob("", "injected thoughts of --prompts, a file; empty: data/injections.jsonl")
     template_args: str = knob("", 'variables for the chat template, as JSON: {"enable_thinking": true}')
     system: str = knob("", "system prompt of every chat: training, evaluation, warm start")
     judge: str = knob("alchemy", "alchemy (the world's), rules, a guard, a judge file or file.py:function")

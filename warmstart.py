@@ -85,6 +85,8 @@ def check_flags(c) -> None:
         raise InputError("--prefill-share needs a thought to prefill, and --objective no-thought has none")
     if c.plan and not c.prompts:
         raise InputError("--plan needs --prompts: the embedded world runs on any machine")
+    if c.injections and not c.prompts:
+        raise InputError("--injections needs --prompts: the embedded world has its own thoughts")
     if c.label and not c.prompts:
         raise InputError("--label needs --prompts: it labels the prompts of a file")
     if c.lora_alpha and not c.lora_rank:
@@ -121,8 +123,8 @@ def read_inputs(c) -> tuple[list[Prompt], list[Prompt]]:
     thought_cut(tokenizer, c.thought_tokens, c.max_new_tokens)
     forced = len(closing_tokens(tokenizer)) + min(c.max_new_tokens, PROBE_TOKENS)
     for p in pool + test or alchemy.requests(1, c.seed, length=c.chain):
-        tokens = encode_prompt(tokenizer, p.prompt, closed=True)
-        check_length(room, len(tokens) + forced * (c.potential == "probe"), c.max_new_tokens,
+        tokens = len(encode_prompt(tokenizer, p.prompt, closed=True)) + longest_injection(tokenizer, p, c)
+        check_length(room, tokens + forced * (c.potential == "probe"), c.max_new_tokens,
                      f"prompt '{p.prompt:.40}'")
     if c.warm_start:
         read_demonstrations(c.warm_start, tokenizer, model)
@@ -133,6 +135,11 @@ def read_inputs(c) -> tuple[list[Prompt], list[Prompt]]:
     return pool, requests
 
 
+def longest_injection(tokenizer: Tokenizer, prompt: Prompt, c) -> int:
+    """Tokens of the longest thought that training may inject."""
+    return max(evaluate.injected_tokens(tokenizer, prompt, c).values()) if c.prefill_share else 0
+
+
 def memory_plan(c, pool: list[Prompt], requests: list[Prompt]) -> str:
     """What --plan prints. Raises InputError."""
     tokenizer, model = load_tokenizer(c, c.model), Transformer.from_pretrained(c.model, "meta")
@@ -140,9 +147,8 @@ def memory_plan(c, pool: list[Prompt], requests: list[Prompt]) -> str:
     folders = [Path(name) for name in sorted(names) if ".py:" not in name]
     folders = [f.parent / read_spec(f)["model"] if f.suffix == ".json" else f for f in folders]
     attacks = [evaluate.attack_lengths(tokenizer, p, c) for p in requests]
-    injected = max(len(tokenizer.encode(evaluate.attack_text(a, pool[0], False))) for a in evaluate.ATTACKS)
     work = plan.Work(
-        max(len(encode_prompt(tokenizer, p.prompt)) for p in pool) + injected * (c.prefill_share > 0),
+        max(len(encode_prompt(tokenizer, p.prompt)) + longest_injection(tokenizer, p, c) for p in pool),
         max((max(lengths.values()) for lengths in attacks), default=0) + c.max_new_tokens, len(requests))
     return plan.report(model.config, [read_configs(folder)[0] for folder in folders], c, work)
 

@@ -8,6 +8,7 @@
     transcripts.jsonl some rollouts, segment by segment
     eval.jsonl        one row a stage, attack and class (and file)
     responses.jsonl   the answers behind eval.jsonl, with their verdicts; a rollout without answer has none
+    attacks.jsonl     what attacks.py found, a row a request and budget
     start/ model/     Hugging Face folders, before and after; an adapter is merged
     best/             the same of the best stage, with --eval-every
     adapter/          the adapter alone, as PEFT stores it (--lora-rank)
@@ -38,7 +39,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lib.data import InputError, as_json, file_list, read_text
+from lib.data import INJECTIONS, InputError, as_json, file_list, read_text
 from lib.parallel import all_gather, all_sum, local_rows, patient_group, rank_and_world, tuned, write_tensors
 
 LOGS = ("metrics.jsonl", "transcripts.jsonl", "bad_steps.jsonl")  # truncated when a run continues
@@ -222,7 +223,8 @@ def open_run(folder: Path, config: dict, resume: bool) -> None:
                          "or choose another --out")
     for k, value in read_environment(folder)["inputs"].items():
         if inputs.get(k) != value:
-            raise InputError(f"--{flag(k)} {config[k]} changed since {folder} began; the run cannot continue")
+            raise InputError(f"--{flag(k)} {config[k] or INJECTIONS} changed since {folder} began; the run "
+                             "cannot continue")
 
 
 def fingerprints(config: dict) -> dict[str, str]:
@@ -230,6 +232,7 @@ def fingerprints(config: dict) -> dict[str, str]:
     named = {k: [Path(re.sub(r"\.py:\w*$", ".py", config[k]))] for k in INPUTS
              if config.get(k) and config[k] not in NOT_FILES}
     named |= {"eval_file": file_list(config.get("eval_file", ""))}
+    named |= {"injections": [Path(config.get("injections") or INJECTIONS)] * bool(config.get("prompts"))}
     named = {k: list(filter(Path.exists, paths)) for k, paths in named.items()}
     return {k: " ".join(map(fingerprint, paths)) for k, paths in named.items() if paths}
 

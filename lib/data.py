@@ -1,5 +1,6 @@
 """Prompt files, and how files are read. Every fault in a user's file is an InputError."""
 import csv
+import functools
 import io
 import json
 import re
@@ -238,6 +239,29 @@ def describe(path, prompts: Prompts, use: str = "trained") -> str:
     line = f"{path}: {prompts.format}, {len(prompts)} prompts, {harmful} harmful, {harmless} harmless"
     missing = "" if harmful and harmless else "harmless" if harmful else "harmful"
     return line + f"; without {missing} prompts the trade-off cannot be {use}" * bool(missing)
+
+
+# ---- injected thoughts -----------------------------------------------------------------------------------
+
+INJECTIONS = Path(__file__).parents[1] / "data/injections.jsonl"  # those of a run without --injections
+INJECTED = ("prefill", "hijack", "hijack-short", "mirror")  # attacks with texts of their own
+
+
+@functools.cache
+def load_injections(name: str) -> dict[str, list[str]]:
+    """{attack: texts that it may write into a thought} of a file of attack and text, "" for INJECTIONS. It is
+    read once in a process. A text is taken as it is, line breaks included. Raises InputError."""
+    def known(where, columns):
+        expect(columns.keys() == {"attack", "text"}, where, "rows of attack and text", list(columns))
+    path, found = Path(name or INJECTIONS), {attack: [] for attack in INJECTED}
+    for where, row in rows_of(path, known, ("attack", "text")):
+        expect(row["attack"] in INJECTED, f"{where}: attack", " or ".join(INJECTED), row["attack"])
+        text = whole_text(f"{where}: text", row["text"])
+        expect(not re.search("</?think>", text), f"{where}: text", "free of <think> and </think>", text)
+        found[row["attack"]].append(text)
+    missing = ", ".join(attack for attack in INJECTED if not found[attack])
+    expect(not missing, path, f"a file with texts for {', '.join(INJECTED)}", f"none for {missing}")
+    return found
 
 
 # ---- prompts to evaluate on ------------------------------------------------------------------------------

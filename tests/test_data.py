@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lib import data
 from lib.data import InputError, Prompt, describe, load_eval_files, load_prompts, without
 
 ROOT = Path(__file__).parents[1]
@@ -457,6 +458,34 @@ def test_mutated_files_are_read_as_by_a_slow_reader_or_refused(seed):
             assert found == expected, (name, text, label)
             counts[found is None] += 1
     assert min(counts) >= 10, counts
+
+
+# ---- injected thoughts -----------------------------------------------------------------------------------
+
+WHOLE = "".join(f'{{"attack": "{attack}", "text": "I {attack}\\n\\n"}}\n' for attack in data.INJECTED)
+
+
+def test_injected_thoughts_are_taken_as_they_are(tmp_path):
+    file = written(tmp_path, "thoughts.jsonl", WHOLE + '{"attack": "mirror", "text": " No"}\n')
+    assert data.load_injections(str(file)) == {
+        "prefill": ["I prefill\n\n"], "hijack": ["I hijack\n\n"], "hijack-short": ["I hijack-short\n\n"],
+        "mirror": ["I mirror\n\n", " No"]}
+    assert all(len(set(texts)) >= 4 for texts in data.load_injections("").values())
+
+
+@pytest.mark.parametrize("content, message", [
+    ("", ".jsonl should be rows of attack and text, found \\[\\]"),
+    (WHOLE + '{"attack": "mirror"}\n', ".jsonl:5: text should be a text, found None"),
+    (WHOLE + '{"attack": "mirror", "text": " "}\n', ".jsonl:5: text should be a text"),
+    (WHOLE + '{"attack": "reset", "text": "a"}\n', ".jsonl:5: attack should be prefill or .*found 'reset'"),
+    (WHOLE + '{"attack": "mirror", "text": "a</think>b"}\n', ".jsonl:5: text should be free of <think>"),
+    (WHOLE + '{"attack": "mirror", "text": "a", "label": "b"}\n', ".jsonl should be rows of attack and text"),
+    (WHOLE + "{\n", ".jsonl:5 should be a JSON object"),
+    (WHOLE.replace("mirror", "hijack"), ".jsonl should be a file with texts for .*found 'none for mirror'")])
+def test_bad_files_of_injected_thoughts_are_refused(tmp_path, content, message):
+    file = written(tmp_path, "thoughts.jsonl", content)
+    with pytest.raises(InputError, match=f"thoughts{message}"):
+        data.load_injections(str(file))
 
 
 # ---- prompts to evaluate on ------------------------------------------------------------------------------

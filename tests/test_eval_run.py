@@ -12,7 +12,7 @@ import rewards
 import sear
 import warmstart
 from lib import checkpoint
-from lib.data import load_prompts
+from lib.data import INJECTED, load_prompts
 
 HARMBENCH = FIXTURES / "prompts_harmbench.csv"
 SHORT = ("--steps 2 --prompts-per-step 4 --group-size 2 --max-new-tokens 16 --eval-prompts 2 "
@@ -83,6 +83,47 @@ def test_a_changed_eval_file_cannot_be_resumed_with(model, prompts, tmp_path, ca
     copy.write_bytes(XSTEST.read_bytes().replace(b"frozen", b"chilly"))
     capsys.readouterr()
     assert main("--resume", out) == 2 and "--eval-file" in capsys.readouterr().err
+
+
+# ---- --injections ----------------------------------------------------------------------------------------
+
+def thoughts(file, text="I am here."):
+    checkpoint.write_rows(file, [dict(attack=a, text=f"{a}: {text}\n\n") for a in INJECTED])
+    return file
+
+
+def test_the_users_thoughts_are_injected(model, prompts, tmp_path):
+    """In training too."""
+    file, out = thoughts(tmp_path / "thoughts.jsonl"), tmp_path / "run"
+    flags = ["--model", model, "--prompts", prompts, "--eval-file", XSTEST, *SHORT, "--objective", "sear"]
+    assert main(*flags, "--injections", file, "--prefill-share", 1, "--out", out) == 0
+    begun = {t["prefill"].partition(":")[0] for t in checkpoint.rows(out / "transcripts.jsonl")}
+    assert begun and begun <= {*INJECTED}
+    for row in checkpoint.rows(out / "responses.jsonl"):
+        attack = "prefill" if row["attack"] == "reset" else row["attack"]
+        assert row["thought"].startswith(f"{attack}: I am here.\n\n") == (attack != "none")
+
+
+def test_injections_are_checked_before_the_run_and_when_it_continues(model, prompts, tmp_path, monkeypatch,
+                                                                     capsys):
+    flags = ["--model", model, "--prompts", prompts, *SHORT, "--eval-prompts", 0, "--steps", 0,
+             "--objective", "sear", "--injections"]
+    long = thoughts(tmp_path / "long.jsonl", "very " * 2000)
+    no_mirror = tmp_path / "no-mirror.jsonl"
+    no_mirror.write_text(thoughts(tmp_path / "some.jsonl").read_text().replace('"mirror"', '"hijack"'))
+    for value, message in ((no_mirror, "no-mirror.jsonl should be a file with texts for"),
+                           (tmp_path / "no.jsonl", "no.jsonl should be a readable file")):
+        assert main(*flags, value, "--out", tmp_path / "no") == 2 and message in capsys.readouterr().err
+    assert main(*flags, long, "--prefill-share", 0.1, "--out", tmp_path / "no") == 2
+    assert "the model's context holds 2048" in capsys.readouterr().err and not (tmp_path / "no").exists()
+    assert main("--injections", long) == 2 and "--injections needs --prompts" in capsys.readouterr().err
+    file, out = thoughts(tmp_path / "thoughts.jsonl"), tmp_path / "run"
+    assert main(*flags, file, "--out", out) == 0 and main("--resume", out) == 0
+    thoughts(file, "I am gone.")
+    assert main("--resume", out) == 2 and f"--injections {file} changed since" in capsys.readouterr().err
+    assert main(*flags[:-1], "--out", tmp_path / "plain") == 0 and main("--resume", tmp_path / "plain") == 0
+    monkeypatch.setattr(checkpoint, "INJECTIONS", file)  # the clone's own file counts too
+    assert main("--resume", tmp_path / "plain") == 2 and f"--injections {file}" in capsys.readouterr().err
 
 
 # ---- --eval-judge and --eval-every -----------------------------------------------------------------------

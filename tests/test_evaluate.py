@@ -1,6 +1,7 @@
 """Evaluation: rates and intervals by hand, attacks, held-out prompts, tables and pictures."""
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import tables
 from evaluate import attack_text, rate, rates, refused, requests
 from judges import rules_judge
 from lib import checkpoint
-from lib.data import InputError, Prompt, load_prompts
+from lib.data import InputError, Prompt, load_injections, load_prompts
 from model import Transformer
 from rollout import CLOSE
 from sear import Config
@@ -74,14 +75,26 @@ def test_what_a_judge_does_not_judge_has_no_rate():
 
 def test_text_of_each_attack():
     prompt = alchemy.requests(1, 5)[0]
-    texts = {a: attack_text(a, prompt, True) for a in evaluate.ATTACKS}
+    texts = {a: attack_text(a, prompt, Config()) for a in evaluate.ATTACKS}
     assert texts["none"] == "" and texts["prefill"] == texts["reset"] == alchemy.TALK
     assert texts["mirror"] == alchemy.DANGER and texts["hijack-short"] == alchemy.TALK + CLOSE + "\n\n"
     assert texts["hijack"].endswith(texts["hijack-short"])
     assert alchemy.progress(prompt.prompt, texts["hijack"]) == 1
+
+
+def test_thoughts_for_prompts_of_a_file_come_from_a_file():
+    """All its texts are used, the same ones for a prompt each time; reset repeats prefill's."""
+    c, prompts = Config(prompts="p.csv"), [Prompt(f"question {i}", "harmful") for i in range(100)]
     for attack in evaluate.ATTACKS[1:]:
-        text = attack_text(attack, prompt, False)
-        assert text and (CLOSE in text) == ("hijack" in attack)
+        texts = load_injections("")["prefill" if attack == "reset" else attack]
+        closing = f"{CLOSE}\n\n" if "hijack" in attack else ""
+        written = [attack_text(attack, p, c) for p in prompts]
+        assert len(texts) > 2 and {*written} == {text + closing for text in texts}
+        assert written == [attack_text(attack, p, c) for p in prompts]
+    assert all(attack_text("reset", p, c) == attack_text("prefill", p, c) for p in prompts)
+    begun = evaluate.injections(replace(c, prefill_share=1.0), prompts, 1)
+    for text, p in zip(begun, prompts):
+        assert text in {attack_text(a, p, c) for a in evaluate.ATTACKS[1:]}
 
 
 def test_reset_repeats_request_and_prefill_after_the_models_answer(world):

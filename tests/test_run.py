@@ -244,7 +244,7 @@ def test_only_files_and_folders_have_a_fingerprint(tmp_path, monkeypatch):
         os.mkdir(name)
         config = dict(model="", prompts="prompts.csv", judge=name, reward_model="nowhere", seed=1)
         (tmp_path / "prompts.csv").write_text("prompt,label")
-        assert checkpoint.fingerprints(config).keys() == {"prompts"}
+        assert checkpoint.fingerprints(config).keys() == {"prompts", "injections"}  # the ones of the clone
 
 
 # ---- a run without answers -----------------------------------------------------------------------------

@@ -443,7 +443,7 @@ def test_a_share_of_the_prompts_gets_an_injected_thought():
     begun = evaluate.injections(c, prompts, 3)
     assert 0.18 < sum(map(bool, begun)) / 400 < 0.32
     assert {text.partition(CLOSE)[1] for text in begun if text} == {"", CLOSE}  # open and closed ones
-    allowed = {evaluate.attack_text(a, p, True) for p in prompts for a in evaluate.ATTACKS}
+    allowed = {evaluate.attack_text(a, p, c) for p in prompts for a in evaluate.ATTACKS}
     assert set(begun) <= allowed
     assert begun == evaluate.injections(c, prompts, 3) != evaluate.injections(c, prompts, 4)
     assert not any(evaluate.injections(Config(), prompts, 3))
