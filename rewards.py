@@ -18,7 +18,7 @@ from judges import JUDGES, Judge, Verdict, moments, ragged, standardised
 from judges.guards import READS, Reader, load_reader, read_answers
 from lib import checkpoint
 from lib.cli import Parser, exit_code
-from lib.data import XSTEST, InputError, Prompt, expect, rows_of, whole_text
+from lib.data import XSTEST, InputError, Prompt, expect, read_rows, whole_text
 from lib.parallel import rank_device
 from rollout import Rollouts, force_answers
 
@@ -178,17 +178,12 @@ OF_PROMPT = {"safe": "harmless", "unsafe": "harmful"}  # in the column `label` o
 OF_RESPONSE = {"harmful": "unsafe", "unharmful": "safe"}  # WildGuard's words
 
 
-def check_columns(where: str, row: dict[str, str]) -> None:
-    expect("prompt" in row and row.keys() & {"response", "completion"}, where,
-           "a row of prompt and response (or completion)", list(row))
-
-
-def read_labels(rows: list[tuple[str, dict[str, str]]]) -> list[str]:
+def read_labels(rows: list[tuple[str, dict]]) -> list[str]:
     """The label of each (path:line, row), "" for none. The columns, and the file's other labels, tell whether
     it is of the prompt or of the response. Raises InputError for an unknown one."""
     columns = {column for _, row in rows for column in row}
     xstest = columns & {"focus", "final_label"} or "type" in columns and (
-        "completion" in columns or any(row.get("type") in XSTEST for _, row in rows))
+        "completion" in columns or any(str(row.get("type")) in XSTEST for _, row in rows))
     wildguard, found = "prompt_type" in columns or any(row.get("label") == "unharmful" for _, row in rows), []
     for where, row in rows:
         name, words, known = "final_label" if row.get("final_label") else "label", {}, [*RESPONSE_LABELS]
@@ -206,12 +201,15 @@ def read_labels(rows: list[tuple[str, dict[str, str]]]) -> list[str]:
 def load_responses(path) -> list[Response]:
     """Reads a JSONL, csv or tsv file of prompt and response, or XSTest's completions. InputError names the
     line of a missing or blank cell and of an unknown label."""
-    path, found = Path(path), []
-    optional = ("response", "completion", "label", "final_label")
-    rows = list(rows_of(path, check_columns, ("prompt",), optional))
+    _, _, rows = read_rows(Path(path))
     expect(rows, path, "a file of responses", "none in it")
+    for where, row in rows:
+        expect("prompt" in row and row.keys() & {"response", "completion"}, where,
+               "a row of prompt and response (or completion)", list(row))
+        for key in row.keys() & {"label", "final_label"}:
+            expect(isinstance(row[key], str), f"{where}: {key}", "a text", row[key])
+    found = []
     for (where, row), label in zip(rows, read_labels(rows)):
-        check_columns(where, row)
         text = row.get("response", row.get("completion"))
         found.append(Response(whole_text(f"{where}: prompt", row["prompt"]),
                               whole_text(f"{where}: response", text), label, where))

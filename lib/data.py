@@ -6,7 +6,7 @@ import re
 import unicodedata
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 
 class InputError(ValueError):
@@ -84,17 +84,6 @@ def read_rows(path: Path) -> tuple[str, list[str], list[tuple[str, dict]]]:
     lower = [column.lower() for column in columns]
     expect(len(set(lower)) == len(lower), where, "a header of different columns", columns)
     return where, columns, rows
-
-
-def rows_of(path: Path, known: Callable, keys: tuple, optional: tuple = ()):
-    """Yields (path:line, row) of a file, without what is not text. known(where, {column: ""}) raises
-    InputError for unknown columns. `keys` must be texts, `optional` ones if present."""
-    where, columns, rows = read_rows(path)
-    known(where, dict.fromkeys(columns, ""))
-    for where, row in rows:
-        for key in (*keys, *(row.keys() & optional)):
-            expect(isinstance(row.get(key), str), f"{where}: {key}", "a text", row.get(key))
-        yield where, {key: value for key, value in row.items() if isinstance(value, str)}
 
 
 def whole_text(where: str, text) -> str:
