@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from lib import checkpoint
-from lib.data import InputError, as_json, read_text
+from lib.data import InputError, read_json
 
 HARMFUL, HARMLESS = ("harmful", "covert"), ("harmless", "ambiguous")
 
@@ -122,7 +122,7 @@ def read_runs(folders: list[Path]) -> list[dict]:
     run, and for two runs of one experiment with the same seed."""
     runs = []
     for folder in folders:
-        config = as_json(folder / "config.json", read_text(folder / "config.json"))
+        config = read_json(folder / "config.json")
         rows, metrics = checkpoint.rows(folder / "eval.jsonl"), checkpoint.rows(folder / "metrics.jsonl")
         if not any(row["stage"] == "after" for row in rows):
             raise InputError(f"{folder} was run with --eval-prompts 0, so there is nothing to compare"
@@ -143,7 +143,7 @@ def experiment(folder: Path, config: dict) -> dict:
     """What two runs must share to be seeds of one experiment: all knobs but SAME, and the start model's
     folder unless the embedded world's warm start made it, which depends on the seed."""
     file = folder / "start/config.json"
-    embedded = as_json(file, read_text(file)).get("embedded_world") if file.exists() else None
+    embedded = read_json(file).get("embedded_world") if file.exists() else None
     model = "" if embedded else config.get("model", "")
     return {k: v for k, v in config.items() if k not in SAME} | {"model": model}
 

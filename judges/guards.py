@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from attention import Cache
 from batches import micro_batches
-from lib.data import InputError, Prompt, as_json, expect, read_text
+from lib.data import InputError, Prompt, expect, read_json, read_text
 from lib.tokenizer import Tokenizer
 from model import Config, Transformer, read_configs
 
@@ -80,7 +80,7 @@ def read_spec(file: Path) -> dict:
     """A judge file. Raises InputError that names the wrong key."""
     def has_texts(value, *keys):
         return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in keys)
-    spec = as_json(file, read_text(file))
+    spec = read_json(file)
     keys = spec.keys() - {"messages" if "messages" in spec else "text"}
     expect(keys == {"model", "ask"}, f"{file}: its keys", "model, ask, and text or messages", sorted(spec))
     for key in spec.keys() - {"messages", "ask"}:

@@ -37,7 +37,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lib.data import InputError, as_json, file_list, read_text
+from lib.data import InputError, file_list, read_json, read_text
 from lib.parallel import all_gather, all_sum, local_rows, patient_group, rank_and_world, tuned, write_tensors
 
 LOGS = ("metrics.jsonl", "transcripts.jsonl", "bad_steps.jsonl")  # truncated when a run continues
@@ -210,7 +210,7 @@ def open_run(folder: Path, config: dict, resume: bool) -> None:
         write(folder / "environment.json", json.dumps(environment() | {"inputs": inputs}, indent=2) + "\n")
         write(file, json.dumps(config, indent=2) + "\n")
         return
-    stored = as_json(file, read_text(file))
+    stored = read_json(file)
     for k in config:
         if k not in NOT_COMPARED and stored.get(k) != config[k]:
             raise InputError(f"{folder} holds a run with another config: {k} is {stored.get(k)!r} there and "
@@ -259,7 +259,7 @@ def environment() -> dict:
 
 def read_environment(run: Path) -> dict:
     """environment.json of a run: `time` of its start in seconds, fingerprints of its `inputs`, ..."""
-    return as_json(run / "environment.json", read_text(run / "environment.json"))
+    return read_json(run / "environment.json")
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------
@@ -296,7 +296,7 @@ def save(run: Path, step: int, model: nn.Module, optimizer: torch.optim.AdamW,
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW, scale: Tensor | None = None) -> int:
     """Restores weights, optimizer state and scale. Each rank reads the rows that it holds, so the number of
     ranks may change. -> the steps the checkpoint was taken after."""
-    state = as_json(folder / "state.json", read_text(folder / "state.json"))
+    state = read_json(folder / "state.json")
 
     def fill(target: Tensor, file, name: str) -> Tensor:
         local, first = local_rows(target)

@@ -43,6 +43,10 @@ def as_json(path, text: str, line: int = 1) -> dict:
     return value
 
 
+def read_json(path: Path) -> dict:
+    return as_json(path, read_text(path))
+
+
 # ---- rows of .jsonl, .csv and .tsv files -----------------------------------------------------------------
 
 def read_table(path: Path, text: str, delimiter: str) -> tuple[str, list[str], list[tuple[str, dict]]]:

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lib.data import InputError, as_json, expect, read_text
+from lib.data import InputError, expect, read_json
 from lib.parallel import local_rows, rank_and_world
 
 PIECE_BYTES = 32 << 20  # of a weight are read at once: what loading needs beside the model's own bytes
@@ -129,12 +129,11 @@ def attention_windows(keys: dict, family: str, where: str) -> list[int | None]:
 def read_configs(folder: Path) -> tuple[Config, dict]:
     """Parsed config.json, and generation_config.json as it is, {} without one. Raises InputError."""
     file, generation = folder / "config.json", folder / "generation_config.json"
-    raw = as_json(file, read_text(file))
     try:
-        config = parse_config(raw, str(file))
+        config = parse_config(read_json(file), str(file))
     except (TypeError, AttributeError, KeyError, ZeroDivisionError) as error:  # "2" instead of 2
         raise InputError(f"{file} should be as transformers writes it, found {error!r}") from None
-    return config, as_json(generation, read_text(generation)) if generation.exists() else {}
+    return config, read_json(generation) if generation.exists() else {}
 
 
 def stop_ids(raw: dict, generation: dict) -> list[int]:
@@ -230,7 +229,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if not index.exists():
         return names_in([whole])
-    weights = as_json(index, read_text(index)).get("weight_map")
+    weights = read_json(index).get("weight_map")
     if not isinstance(weights, dict) or not all(isinstance(file, str) for file in weights.values()):
         raise InputError(f"{index}: key 'weight_map' should map weights to files")
     listed = {name: folder / file for name, file in weights.items()}
