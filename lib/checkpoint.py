@@ -33,12 +33,12 @@ from signal import SIGINT, SIGTERM
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from lib.data import InputError, file_list, read_json, read_text
-from lib.parallel import all_gather, all_sum, local_rows, patient_group, rank_and_world, tuned, write_tensors
+from lib.folder import copy_weight
+from lib.parallel import all_gather, all_sum, patient_group, rank_and_world, tuned, write_tensors
 
 LOGS = ("metrics.jsonl", "transcripts.jsonl", "bad_steps.jsonl")  # truncated when a run continues
 NOT_COMPARED = ("resume", "out", "device", "shard", "log")  # may change when a run continues
@@ -296,30 +296,20 @@ def save(run: Path, step: int, model: nn.Module, optimizer: torch.optim.AdamW,
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW, scale: Tensor | None = None) -> int:
     """Restores weights, optimizer state and scale. Each rank reads the rows that it holds, so the number of
     ranks may change. -> the steps the checkpoint was taken after."""
-    state = read_json(folder / "state.json")
-
-    def fill(target: Tensor, file, name: str) -> Tensor:
-        local, first = local_rows(target)
-        stored = file.get_slice(name)
-        if list(target.shape) != stored.get_shape():
-            raise InputError(f"{folder}: '{name}' has shape {stored.get_shape()}, not {list(target.shape)}")
-        if len(local):  # with more ranks than rows some hold nothing
-            local.copy_(stored[first:first + len(local)])
-        return target
     try:
+        state = read_json(folder / "state.json")
         if scale is not None:
             scale.copy_(torch.tensor(state["scale"], dtype=scale.dtype))
-        with (safe_open(folder / "weights.safetensors", "pt") as weights,
-              safe_open(folder / "optimizer.safetensors", "pt") as moments):
-            for name, p in tuned(model).items():
-                fill(p, weights, name)
-                if state["updates"]:
-                    optimizer.state[p] = {"step": torch.tensor(float(state["updates"]))} | {
-                        key: fill(torch.zeros_like(p), moments, f"{name}.{key}")
-                        for key in ("exp_avg", "exp_avg_sq")}
-    except (SafetensorError, KeyError, OSError) as error:
+        for name, p in tuned(model).items():
+            copy_weight(folder / "weights.safetensors", name, p)
+            if state["updates"]:
+                moments = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+                for key, moment in moments.items():
+                    copy_weight(folder / "optimizer.safetensors", f"{name}.{key}", moment)
+                optimizer.state[p] = {"step": torch.tensor(float(state["updates"]))} | moments
+        return state["step"]
+    except (InputError, KeyError) as error:
         raise InputError(f"{folder} is an incomplete checkpoint: {error}") from None
-    return state["step"]
 
 
 def export(folder: Path, model: nn.Module, tokenizer) -> None:
