@@ -52,9 +52,9 @@ def verdicts(judge: Judge, prompts: list[Prompt], rollouts: Rollouts,
     """The judge's verdict on each rollout's answer, [B] each; NaN without an answer."""
     ok = rollouts.answered
     rows = ok.nonzero()[:, 0].tolist()
-    thoughts = [rollouts.prefill[b] + "".join(rollouts.thoughts[b]) for b in rows]
-    answers = rollouts.answers
-    found = judge.verdict([prompts[b] for b in rows], thoughts, [answers[b] for b in rows], reduce)
+    thoughts = [before + "".join(thought) for before, thought in zip(rollouts.prefill, rollouts.thoughts)]
+    asked = [[each[b] for b in rows] for each in (prompts, thoughts, rollouts.answers)]
+    found = judge.verdict(*asked, reduce)
     return Verdict(*(torch.full((len(ok),), torch.nan).masked_scatter(ok, v) for v in found))
 
 

@@ -107,6 +107,15 @@ def progress_bar(items, **options) -> tqdm:
 # ---- files -----------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
+def saving(path: Path):
+    """Turns an OSError of the block into a SaveError."""
+    try:
+        yield
+    except OSError as error:
+        raise SaveError(f"{path} could not be saved: {error}") from None
+
+
+@contextlib.contextmanager
 def atomic_folder(folder: Path):
     """Yields a temporary folder that replaces `folder` if the block succeeds and is removed if it fails. Only
     rank 0 touches the disk."""
@@ -114,19 +123,18 @@ def atomic_folder(folder: Path):
     if rank_and_world()[0] > 0:
         yield temporary
         return
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process
+    with contextlib.suppress(OSError):  # the block fails too, after the gathers that other ranks wait for
+        temporary.mkdir(parents=True)
     try:
-        shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process
-        with contextlib.suppress(OSError):  # the block fails too, after the gathers that other ranks wait for
-            temporary.mkdir(parents=True)
-        yield temporary
-        for path in (*temporary.iterdir(), temporary):
-            sync(path)
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-        sync(folder.parent)  # before the caller deletes an older checkpoint
-    except OSError as error:
-        raise SaveError(f"{folder} could not be saved: {error}") from None
+        with saving(folder):
+            yield temporary
+            for path in (*temporary.iterdir(), temporary):
+                sync(path)
+            if folder.exists():
+                shutil.rmtree(folder)
+            temporary.rename(folder)
+            sync(folder.parent)  # before the caller deletes an older checkpoint
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -140,14 +148,6 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextlib.contextmanager
-def saving(file: Path):
-    try:
-        yield
-    except OSError as error:
-        raise SaveError(f"{file} could not be written: {error}") from None
 
 
 def append(file: Path, row: dict) -> None:
@@ -188,12 +188,11 @@ def same_on_all(config: dict) -> None:
     """Raises InputError, on every rank, if the ranks differ in code, knobs, torch version or input files."""
     own = {"code": environment()["source_sha256"], "torch version": torch.__version__}
     own |= {f"the content of --{flag(k)}": v for k, v in fingerprints(config).items()}
-    own |= {f"config (--{flag(k)})": v for k, v in config.items() if k != "resume"}  # rank 0's counts
+    # Of --resume only rank 0's value is used.
+    own |= {f"config (--{flag(k)})": v for k, v in config.items() if k != "resume"}
     first, *others = all_gather([own])
-    found = []
-    for rank, other in enumerate(others, start=1):
-        if keys := [k for k in first | other if other.get(k) != first.get(k)]:
-            found.append(f"rank {rank} differs from rank 0 in {', '.join(keys)}")
+    found = [f"rank {rank} differs from rank 0 in {', '.join(keys)}" for rank, other in enumerate(others, 1)
+             if (keys := [k for k in first | other if other.get(k) != first.get(k)])]
     if found:
         raise InputError("all ranks need the same code, torch version, config and input files, but "
                          + "; ".join(found))
@@ -355,18 +354,19 @@ def transcript(step: int, prompt, b: int, rollouts, scores, pay: Tensor, thought
     """One rollout, segment by segment, with its potential, return and advantage, and the thought's pay."""
     def number(x):  # JSON has no NaN
         return None if math.isnan(x) else round(float(x), 4)
-    K = len(rollouts.thoughts[b])
+    texts = rollouts.text[b]
+    K = len(texts) - int(rollouts.closed[b])  # segments of the thought
     segments = [{"player": "reasoning", "text": text, "potential": number(scores.potential[b, k + 1]),
                  "return": number(scores.process[b, k]), "advantage": number(thought[b, k])}
-                for k, text in enumerate(rollouts.thoughts[b])]
+                for k, text in enumerate(texts[:K])]
     segments += [{"player": "answer", "text": text, "return": number(scores.answer[b]),
-                  "advantage": number(answer[b])} for text in rollouts.text[b][K:]]
+                  "advantage": number(answer[b])} for text in texts[K:]]
     return dict(step=step, prompt=prompt.prompt, label=prompt.label, kind=prompt.kind,
                 prefill=rollouts.prefill[b], thought_reward=number(pay[b]), segments=segments)
 
 
 def format_transcript(t: dict) -> str:
-    """A transcript for the terminal: thought in blue, answer in green, return and advantage behind it."""
+    """A transcript for the terminal: thought in blue, answer in green, then return and advantage."""
     paint = (lambda code, s: f"\033[{code}m{s}\033[0m") if sys.stdout.isatty() else (lambda code, s: s)
     lines = [paint(1, f"step {t['step']}, {t['kind'] or t['label']}: {t['prompt']}")]
     for s in t["segments"]:
