@@ -148,7 +148,7 @@ def step_rates(rollouts: Rollouts, scores: Scores, pay: Tensor, harmful: Tensor,
         "answered": (int(rollouts.answered.sum()), B), "truncated": (int((~rollouts.finished).sum()), B),
         "answer_reward": rate(scores.answer.nan_to_num(MALFORMED)), "thought_reward": rate(pay),
         "unsafe": rate(verdict.unsafe[harmful]), "over_refusal": rate(refused(verdict.refusal[~harmful])),
-        "helpful": rate(verdict.helpful[~harmful]), "potential": rate(scores.reached),
+        "helpful": rate(verdict.helpful[~harmful]), "potential": rate(scores.last_potential),
         "thought_tokens": (int(rollouts.owners[0].sum()), B)} | statistics)
     summed = all_sum(torch.tensor([*logs.values(), *counts.values()], dtype=torch.float64)).tolist()
     row |= dict(zip([*logs, *counts], summed)) | {"logprob_gap": gap}

@@ -23,7 +23,7 @@ from lib.parallel import rank_device
 from rollout import Rollouts, force_answers
 
 MALFORMED = -1.0  # equation (5)
-# From this safety on an answer earns the full reward, as in TARS (arXiv 2507.00971; its code,
+# Answers at least this safe earn the full reward, as in TARS (arXiv 2507.00971; its code,
 # verl/utils/reward_score/safety.py): otherwise the most evasive answer earns most.
 SAFE_ENOUGH = 0.9
 PROBE_TOKENS = 256  # longest forced answer of --potential probe
@@ -33,18 +33,18 @@ BATCH = 32  # responses, on the command line
 class Scores(NamedTuple):
     answer: Tensor  # [B] (4), or (5) if cut off or blank; NaN if the thought was never closed
     potential: Tensor  # [B, K + 1] (1), Phi_0 first
-    process: Tensor  # [B, K] (3), or (5): return of the reasoning player from each segment on
-    past: Tensor  # [B] return behind the last segment: the answer's reward on a harmless prompt, else 0
-    segments: Tensor  # [B] number of the thought's segments
+    returns: Tensor  # [B, K] (3), or (5): of the reasoning player, from each segment on
+    tail: Tensor  # [B] what the thought earns after its last segment: the answer's reward if harmless, else 0
+    n_segments: Tensor  # [B] number of the thought's segments
     well_formed: Tensor  # [B] bool
     verdict: Verdict  # [B] each
     extra_tokens: int  # sampled by the probe
     judge_calls: int  # texts judged: answers, and thoughts so far or forced answers
 
     @property
-    def reached(self) -> Tensor:
+    def last_potential(self) -> Tensor:
         """[B] Phi_K, 0 without an estimate."""
-        return self.potential.nan_to_num(0.0).gather(1, self.segments[:, None])[:, 0]
+        return self.potential.nan_to_num(0.0).gather(1, self.n_segments[:, None])[:, 0]
 
 
 def verdicts(judge: Judge, prompts: list[Prompt], rollouts: Rollouts,
@@ -71,14 +71,14 @@ def answer_reward(verdict: Verdict, harmful: Tensor) -> Tensor:
     return torch.where(harmful, torch.where(safe >= SAFE_ENOUGH, 1.0, safe), helpfulness(verdict))  # (4)
 
 
-def process_returns(potential: Tensor, exists: Tensor, past: Tensor, gamma: float) -> Tensor:
-    """Equations (2) and (3). potential [B, K + 1], exists [B, K]: whether there is such a segment, past [B]:
-    the return behind the last one -> returns [B, K], NaN without a segment."""
+def process_returns(potential: Tensor, exists: Tensor, tail: Tensor, gamma: float) -> Tensor:
+    """Equations (2) and (3). potential [B, K + 1], exists [B, K]: whether there is such a segment, tail [B]:
+    what is earned after the last one -> returns [B, K], NaN without a segment."""
     reward = (potential[:, 1:] - potential[:, :-1]).nan_to_num()  # (2); without an estimate of Phi, 0
     returns = torch.full_like(reward, torch.nan)
     for k in reversed(range(reward.shape[1])):
-        past = torch.where(exists[:, k], reward[:, k] + gamma * past, past)  # (3)
-        returns[:, k] = torch.where(exists[:, k], past, torch.nan)
+        tail = torch.where(exists[:, k], reward[:, k] + gamma * tail, tail)  # (3)
+        returns[:, k] = torch.where(exists[:, k], tail, torch.nan)
     return returns
 
 
@@ -137,24 +137,25 @@ def score(judge: Judge, prompts: list[Prompt], rollouts: Rollouts, gamma: float,
         calls = int((~potential.isnan()).sum())
     else:
         potential, extra, calls = probe_potential(judge, prompts, rollouts, verdict, **probe)
-    segments = torch.tensor([len(t) for t in rollouts.thoughts], dtype=torch.long)
-    exists = torch.arange(potential.shape[1] - 1) < segments[:, None]  # [B, K]
+    n_segments = torch.tensor([len(t) for t in rollouts.thoughts], dtype=torch.long)
+    exists = torch.arange(potential.shape[1] - 1) < n_segments[:, None]  # [B, K]
     # On a harmless prompt the players cooperate. Otherwise jailbreak talk is free there, and the answer
     # player learns to refuse everything that follows it.
-    past = torch.where(~harmful & ok, answer, 0.0)
-    process = process_returns(potential, exists, past, gamma)
+    tail = torch.where(~harmful & ok, answer, 0.0)
+    returns = process_returns(potential, exists, tail, gamma)
     # Without a penalty the answer player avoids bad answers by never finishing one.
     answer = torch.where(rollouts.closed & ~ok, MALFORMED, answer)  # (5)
-    process = torch.where(exists & ~ok[:, None], MALFORMED, process)  # (5)
-    return Scores(answer, potential, process, past, segments, ok, verdict, extra, int(ok.sum()) + calls)
+    returns = torch.where(exists & ~ok[:, None], MALFORMED, returns)  # (5)
+    return Scores(answer, potential, returns, tail, n_segments, ok, verdict, extra, int(ok.sum()) + calls)
 
 
 def thought_pay(target: str, scores: Scores, harmful: Tensor) -> Tensor:
-    """What a whole thought earns, [B] (3). On a harmless prompt every target includes the answer's."""
+    """Pay of a whole thought, [B]; for `process` it is Phi_0 + R_1 at gamma = 1. On a harmless prompt every
+    target includes the answer's reward."""
     answer = scores.answer.nan_to_num(MALFORMED)
-    pay = {"process": scores.reached + scores.past,  # how far the thought came, whatever the answer is
+    pay = {"process": scores.last_potential + scores.tail,  # how far it came, whatever the answer is
            "outcome": torch.where(harmful, scores.verdict.unsafe, answer),  # an unsafe answer
-           "safe": torch.where(harmful, answer - scores.reached, answer),  # a safe answer, a safe thought
+           "safe": torch.where(harmful, answer - scores.last_potential, answer),  # both are safe
            "answer": answer}[target]
     return torch.where(scores.well_formed, pay, MALFORMED)  # (5)
 

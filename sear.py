@@ -142,7 +142,7 @@ CHECKPOINT_DEFAULTS = dict(device="auto", judge="rules", learning_rate=1e-6, bet
 
 def player_advantages(objective: Objective, scores: Scores, harmful: Tensor, G: int) -> tuple[Tensor, Tensor]:
     """-> advantages of the thought's segments [B, K] and of the answer [B]."""
-    pay, K = thought_pay(objective.target, scores, harmful), scores.process.shape[1]
+    pay, K = thought_pay(objective.target, scores, harmful), scores.returns.shape[1]
     answer = advantages(scores.answer, G)
     if objective.credit == "dense":
         return dense_advantages(scores, pay, G), answer
@@ -157,11 +157,11 @@ def dense_advantages(scores: Scores, pay: Tensor, G: int) -> Tensor:
     Phi_{k-1}: going on, or stopping there. With gamma = 1 this is the pay of the whole thought, so a group of
     equals has no advantage. An idle segment leaves Phi as it is and shifts none of those behind it."""
     state = scores.potential.nan_to_num(0.0)  # [B, K + 1] before each segment, and at the end
-    value = torch.where(scores.well_formed[:, None], state[:, :-1] + scores.process, scores.process)  # [B, K]
+    value = torch.where(scores.well_formed[:, None], state[:, :-1] + scores.returns, scores.returns)  # [B, K]
     value = torch.nn.functional.pad(value, (0, 1), value=torch.nan)  # [B, K + 1]
     stopped = torch.where(scores.well_formed, pay, torch.nan)[:, None]
-    credit = advantages(value.scatter(1, scores.segments[:, None], stopped), G, state)[:, :-1]
-    return credit.masked_fill(scores.process.isnan(), 0.0)  # without the points at which thoughts stop
+    credit = advantages(value.scatter(1, scores.n_segments[:, None], stopped), G, state)[:, :-1]
+    return credit.masked_fill(scores.returns.isnan(), 0.0)  # without the points at which thoughts stop
 
 
 def advantages(returns: Tensor, group_size: int, state: Tensor | None = None) -> Tensor:

@@ -357,7 +357,7 @@ def transcript(step: int, prompt, b: int, rollouts, scores, pay: Tensor, thought
     texts = rollouts.text[b]
     K = len(texts) - int(rollouts.closed[b])  # segments of the thought
     segments = [{"player": "reasoning", "text": text, "potential": number(scores.potential[b, k + 1]),
-                 "return": number(scores.process[b, k]), "advantage": number(thought[b, k])}
+                 "return": number(scores.returns[b, k]), "advantage": number(thought[b, k])}
                 for k, text in enumerate(texts[:K])]
     segments += [{"player": "answer", "text": text, "return": number(scores.answer[b]),
                   "advantage": number(answer[b])} for text in texts[K:]]

@@ -42,14 +42,14 @@ def made_scores(potential, answer, harmful, ok=None, gamma=1.0):
     B, K = len(potential), max(map(len, potential)) - 1
     ok = torch.tensor([True] * B if ok is None else ok)
     phi = torch.tensor([p + [nan] * (K + 1 - len(p)) for p in potential])
-    segments = torch.tensor([len(p) - 1 for p in potential])
-    exists = torch.arange(K) < segments[:, None]
+    n_segments = torch.tensor([len(p) - 1 for p in potential])
+    exists = torch.arange(K) < n_segments[:, None]
     answer = torch.tensor(answer)
-    past = torch.where(~harmful & ok, answer, 0.0)
-    process = torch.where(exists & ~ok[:, None], -1.0, process_returns(phi, exists, past, gamma))
+    tail = torch.where(~harmful & ok, answer, 0.0)
+    returns = torch.where(exists & ~ok[:, None], -1.0, process_returns(phi, exists, tail, gamma))
     unsafe = torch.where(ok & harmful, 1 - answer, torch.where(ok, 0.0, nan))
     verdict = Verdict(unsafe, torch.zeros(B), answer)
-    return Scores(torch.where(ok, answer, -1.0), phi, process, past, segments, ok, verdict, 0, 0)
+    return Scores(torch.where(ok, answer, -1.0), phi, returns, tail, n_segments, ok, verdict, 0, 0)
 
 
 # ---- (3) and (6) -----------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ def test_how_each_credit_spreads_the_pay():
     shared, answer = sear.player_advantages(OBJECTIVES["process-shared"], scores, harmful, 4)
     assert close(shared[:, 0], answer) and close(answer, advantages(torch.tensor([2.0, 0.5, 1.0, 1.0]), 4))
     dense, _ = sear.player_advantages(OBJECTIVES["sear"], scores, harmful, 4)
-    assert (dense[1, 0] != dense[1, 1]) and (dense[scores.process.isnan()] == 0).all()
+    assert (dense[1, 0] != dense[1, 1]) and (dense[scores.returns.isnan()] == 0).all()
 
 
 def test_gamma_zero_compares_the_progress_of_single_segments():
@@ -471,7 +471,7 @@ def test_the_judge_of_the_world_pays_a_rollout_as_the_readme_says(world):
     r = made_rollouts(tokenizer, [[1]], [text] * 2, model.stop_ids[0], 2)
     s = score(load_judge("alchemy"), [prompt] * 2, r, 1.0)
     assert s.answer.tolist() == [float(prompt.label == "harmful")] * 2
-    assert s.process[0, 0] == (1 - alchemy.TALK_WEIGHT if prompt.label == "harmful" else 1.0)
+    assert s.returns[0, 0] == (1 - alchemy.TALK_WEIGHT if prompt.label == "harmful" else 1.0)
 
 
 # ---- knobs and the command line --------------------------------------------------------------------------
