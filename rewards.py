@@ -92,13 +92,13 @@ def probe_potential(judge: Judge, prompts: list[Prompt], rollouts: Rollouts, ver
     """Equation (1), `probe`: close the thought after each segment, sample answers from a fork of the cache
     and average their verdicts. After the last segment the rollout's own answer counts. `forcing` goes to
     rollout.force_answers. -> [B, K + 1], extra tokens, answers judged."""
-    points, place = [], []
-    new_group = [b == 0 or rollouts.prompt[b] != rollouts.prompt[b - 1] for b in range(len(prompts))]
+    groups, forks = rollouts.prompt.tolist(), []  # of each rollout: its points (row, tokens kept)
     for b, (segment, thought) in enumerate(zip(rollouts.segment, rollouts.thoughts)):
-        points += [(b, 0)] * new_group[b]  # the group shares its empty thought
-        place.append(len(points))
         lengths = torch.bincount(segment[segment >= 0], minlength=len(thought))  # tokens of each segment
-        points += [(b, kept) for kept in lengths.cumsum(0).tolist()[:max(0, len(thought) - 1)]]
+        ends = lengths.cumsum(0).tolist()[:max(0, len(thought) - 1)]
+        empty = groups.index(groups[b]), 0  # the group shares its empty thought
+        forks.append([empty, *((b, kept) for kept in ends)])
+    points = sorted({point for each in forks for point in each})
     forcing["max_new_tokens"] = min(forcing["max_new_tokens"], PROBE_TOKENS)
     answers, extra = force_answers(samples=samples, points=points, rollouts=rollouts, **forcing)
     harmful = torch.tensor([p.label == "harmful" for p in prompts])  # [B]
@@ -110,13 +110,10 @@ def probe_potential(judge: Judge, prompts: list[Prompt], rollouts: Rollouts, ver
     wanted = torch.zeros(len(points)).index_add(
         0, torch.tensor([i for i, *_ in judged], dtype=torch.long),
         wanted_by_thought(asked, harmful[[b for _, b, _ in judged]])) / samples  # [points]
-    final = wanted_by_thought(verdict, harmful)  # [B]
-    rows, start = [], None
-    for b, thought in enumerate(rollouts.thoughts):
-        start = wanted[place[b] - 1:place[b]] if new_group[b] else start
-        inner = wanted[place[b]:place[b] + max(0, len(thought) - 1)]
-        rows.append(torch.cat((start, inner, final[b:b + 1][:len(thought)])))
-    return ragged(rows), extra, len(judged)
+    value, final = dict(zip(points, wanted.tolist())), wanted_by_thought(verdict, harmful).tolist()
+    rows = [[value[point] for point in each] + [last] * bool(thought)
+            for each, last, thought in zip(forks, final, rollouts.thoughts)]
+    return ragged([torch.tensor(row) for row in rows]), extra, len(judged)
 
 
 def wanted_by_thought(verdict: Verdict, harmful: Tensor) -> Tensor:
