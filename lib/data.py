@@ -4,7 +4,7 @@ import io
 import json
 import re
 import unicodedata
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,17 +101,11 @@ def whole_text(where: str, text) -> str:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One request. label: "harmful" or "harmless"; kind: the category that the file gives it, or ""; file:
-    the name of the --eval-file that it is from, or ""."""
     prompt: str
-    label: str
-    kind: str = ""
-    file: str = ""
-
-
-class Prompts(list):
-    """A list of Prompt. `format` names the layout of their file."""
-    format = ""
+    label: str  # "harmful" or "harmless"
+    kind: str = ""  # category that its file gives it
+    file: str = ""  # name of the --eval-file that it is from
+    format: str = field(default="", compare=False)  # name of its file's layout
 
 
 class Format(NamedTuple):
@@ -201,11 +195,13 @@ def read_prompt(where: str, row: dict, form: Format, label: str) -> Prompt:
     text = whole_text(f"{where}: prompt", text)
     if form.context and row.get(form.context):
         text = whole_text(f"{where}: {form.context}", row[form.context]) + "\n\n---\n\n" + text
-    kinds = [row[column] for column in form.kind.split() if isinstance(row.get(column), str)]
-    return Prompt(text, label or form.meaning.get(cell, form.label), next(filter(None, kinds), ""))
+    kinds = [row[c] for c in form.kind.split() if isinstance(row.get(c), str) and row[c]]
+    kind = kinds[0] if kinds else ""
+    return Prompt(text, label or form.meaning.get(cell, form.label), kind, format=form.name)
 
 
-def load_prompts(path, label: str = "", advice: str = "give --label harmful or --label harmless") -> Prompts:
+def load_prompts(path, label: str = "",
+                 advice: str = "give --label harmful or --label harmless") -> list[Prompt]:
     """Prompts of a .jsonl, .csv or .tsv file of a known format, or with the columns prompt and label.
     label: "harmful" or "harmless", for all prompts of a file that has no labels. Raises InputError, with the
     advice if the labels are missing."""
@@ -219,16 +215,15 @@ def load_prompts(path, label: str = "", advice: str = "give --label harmful or -
     if not (label or form.label):
         raise InputError(f"{where} should tell which prompts are harmful, found only the columns {columns}; "
                          + advice)
-    prompts = Prompts(read_prompt(line, row, form, label) for line, row in rows)
-    prompts.format = form.name
-    return prompts
+    return [read_prompt(line, row, form, label) for line, row in rows]
 
 
-def describe(path, prompts: Prompts, use: str = "trained") -> str:
+def describe(path, prompts: list[Prompt], use: str = "trained") -> str:
     """What was read, in one line; it warns if all prompts have the same label."""
     harmful = sum(prompt.label == "harmful" for prompt in prompts)
     harmless = len(prompts) - harmful
-    line = f"{path}: {prompts.format}, {len(prompts)} prompts, {harmful} harmful, {harmless} harmless"
+    formats = " + ".join(dict.fromkeys(p.format for p in prompts))
+    line = f"{path}: {formats}, {len(prompts)} prompts, {harmful} harmful, {harmless} harmless"
     missing = "" if harmful and harmless else "harmless" if harmful else "harmful"
     return line + f"; without {missing} prompts the trade-off cannot be {use}" * bool(missing)
 
@@ -240,14 +235,13 @@ def file_list(names: str) -> list[Path]:
     return [Path(name.strip()) for name in names.split(",")] if names else []
 
 
-def load_eval_files(names: str) -> Prompts:
+def load_eval_files(names: str) -> list[Prompt]:
     """The prompts of all --eval-file, each of which has its own labels. Raises InputError."""
-    files, found = file_list(names), Prompts()
+    files, found = file_list(names), []
     expect(len({f.name for f in files}) == len(files), "--eval-file", "files of different names", names)
     for file in files:
         prompts = load_prompts(file, advice="--label is for --prompts, so add a column label")
         found += [replace(p, file=file.name) for p in prompts]
-        found.format += " + " * bool(found.format) + prompts.format
     return found
 
 
