@@ -178,7 +178,7 @@ OF_RESPONSE = {"harmful": "unsafe", "unharmful": "safe"}  # WildGuard's words
 
 def read_labels(rows: list[tuple[str, dict]]) -> list[str]:
     """The label of each (path:line, row), "" for none. The columns, and the file's other labels, tell whether
-    it is of the prompt or of the response. Raises InputError for an unknown one."""
+    it is of the prompt or of the response."""
     columns = {column for _, row in rows for column in row}
     xstest = columns & {"focus", "final_label"} or "type" in columns and (
         "completion" in columns or any(str(row.get("type")) in XSTEST for _, row in rows))
@@ -197,8 +197,7 @@ def read_labels(rows: list[tuple[str, dict]]) -> list[str]:
 
 
 def load_responses(path) -> list[Response]:
-    """Reads a JSONL, csv or tsv file of prompt and response, or XSTest's completions. InputError names the
-    line of a missing or blank cell and of an unknown label."""
+    """Reads a JSONL, csv or tsv file of prompt and response, or XSTest's completions."""
     _, _, rows = read_rows(Path(path))
     expect(rows, path, "a file of responses", "none in it")
     for where, row in rows:
@@ -265,7 +264,6 @@ def agreement(rows: list[Response], table: list[dict]) -> str:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The command line. Raises InputError."""
     parser = Parser(prog="rewards.py", description="judge a file of responses")
     parser.add_argument("--judge", default="", help="folder of a guard model, or a judge file (.json)")
     parser.add_argument("--reward-model", default="", help="folder of a reward model, for helpfulness")

@@ -185,7 +185,7 @@ def flag(knob: str) -> str:
 
 
 def same_on_all(config: dict) -> None:
-    """Raises InputError, on every rank, if the ranks differ in code, knobs, torch version or input files."""
+    """Refuses, on every rank, ranks that differ in code, knobs, torch version or input files."""
     own = {"code": environment()["source_sha256"], "torch version": torch.__version__}
     own |= {f"the content of --{flag(k)}": v for k, v in fingerprints(config).items()}
     # Of --resume only rank 0's value is used.
@@ -199,7 +199,7 @@ def same_on_all(config: dict) -> None:
 
 
 def open_run(folder: Path, config: dict, resume: bool) -> None:
-    """Creates the run folder, or checks that the one there is this run. Raises InputError if it is not."""
+    """Creates the run folder, or checks that the one there is this run."""
     file, inputs = folder / "config.json", fingerprints(config)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out {folder} should be a folder, found a file")

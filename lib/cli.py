@@ -38,7 +38,7 @@ def read_flags(arguments: list[str], config: type, description: str, presets: di
 
     A given flag that has a preset changes the defaults to the preset's. --resume takes everything else from
     the run's config.json; "auto" (implied by `torchrun --max-restarts`) only if there is one. out: pattern of
-    the default run folder. Raises InputError."""
+    the default run folder."""
     parser = Parser(prog="sear.py", description=description, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     knobs = {f.name: f for f in fields(config)}

@@ -1,4 +1,4 @@
-"""Prompt files, and how files are read. Every fault in a user's file is an InputError."""
+"""Prompt files, and how files are read. Every fault in a user's file or flag raises InputError."""
 import csv
 import io
 import json
@@ -20,7 +20,7 @@ def expect(ok, where, expected, found):
 
 
 def read_text(path: Path) -> str:
-    """Text of a UTF-8 file without its byte order mark. Raises InputError with the line of a wrong byte."""
+    """Text of a UTF-8 file without its byte order mark."""
     try:
         data = path.read_bytes()
         return data.decode("utf-8").removeprefix("\ufeff")
@@ -32,7 +32,7 @@ def read_text(path: Path) -> str:
 
 
 def as_json(path, text: str, line: int = 1) -> dict:
-    """The JSON object in `text`, which begins on this line of the file. Raises InputError."""
+    """The JSON object in `text`, which begins on this line of the file."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:  # also for 5,000 digits or 1,000 brackets
@@ -76,7 +76,7 @@ def read_table(path: Path, text: str, delimiter: str) -> tuple[str, list[str], l
 
 def read_rows(path: Path) -> tuple[str, list[str], list[tuple[str, dict]]]:
     """(where the columns are, columns, [(path:line, row), ...]) of a .jsonl, .csv or .tsv file. The columns
-    of JSONL are the keys of all its objects. Raises InputError."""
+    of JSONL are the keys of all its objects."""
     text, suffix = read_text(path), path.suffix.lower()
     expect(suffix in (".jsonl", ".csv", ".tsv"), path, "a .jsonl, .csv or .tsv file", suffix)
     if suffix != ".jsonl":
@@ -91,7 +91,7 @@ def read_rows(path: Path) -> tuple[str, list[str], list[tuple[str, dict]]]:
 
 
 def whole_text(where: str, text) -> str:
-    """The text. Raises InputError if it is blank or holds a lone surrogate, which no log can hold."""
+    """The text, if it is not blank and holds no lone surrogate, which no log can hold."""
     ok = isinstance(text, str) and text.strip() and not re.search("[\ud800-\udfff]", text)
     expect(ok, where, "a text", text)
     return text
@@ -165,7 +165,7 @@ RESPONSE = r"response_.*|final_label|.*_agreement"
 
 
 def recognise(where: str, name: str, columns: set[str], rows: list[tuple[str, dict]]) -> Format:
-    """The Format of a file of this name with these columns. Raises InputError."""
+    """The Format of a file of this name with these columns."""
     columns = columns - {"", "index"}
     for known in FORMATS:
         if {*known.columns.split()} <= columns <= {*known.columns.split(), *known.more.split()}:
@@ -203,8 +203,8 @@ def read_prompt(where: str, row: dict, form: Format, label: str) -> Prompt:
 def load_prompts(path, label: str = "",
                  advice: str = "give --label harmful or --label harmless") -> list[Prompt]:
     """Prompts of a .jsonl, .csv or .tsv file of a known format, or with the columns prompt and label.
-    label: "harmful" or "harmless", for all prompts of a file that has no labels. Raises InputError, with the
-    advice if the labels are missing."""
+    label: "harmful" or "harmless", for all prompts of a file that has no labels. advice: what an error
+    about missing labels ends with."""
     path = Path(path)
     where, columns, rows = read_rows(path)
     expect(rows, path, "a file of prompts", "none in it")
@@ -236,7 +236,7 @@ def file_list(names: str) -> list[Path]:
 
 
 def load_eval_files(names: str) -> list[Prompt]:
-    """The prompts of all --eval-file, each of which has its own labels. Raises InputError."""
+    """The prompts of all --eval-file, each of which has its own labels."""
     files, found = file_list(names), []
     expect(len({f.name for f in files}) == len(files), "--eval-file", "files of different names", names)
     for file in files:

@@ -60,8 +60,7 @@ class Config:
 
 
 def parse_config(raw: dict, where: str = "config.json") -> Config:
-    """Config from the parsed config.json, read as transformers reads it. Raises InputError with the key if
-    the network is not supported or two keys disagree."""
+    """Config from the parsed config.json, read as transformers reads it."""
     architecture = (raw.get("architectures") or ["none"])[0]
     family, _, task = architecture.partition("For")
     expect(family in DEFAULTS and task in ("CausalLM", "SequenceClassification"), f"{where}: architecture",
@@ -127,7 +126,7 @@ def attention_windows(keys: dict, family: str, where: str) -> list[int | None]:
 
 
 def read_configs(folder: Path) -> tuple[Config, dict]:
-    """Parsed config.json, and generation_config.json as it is, {} without one. Raises InputError."""
+    """Parsed config.json, and generation_config.json as it is, {} without one."""
     file, generation = folder / "config.json", folder / "generation_config.json"
     try:
         config = parse_config(read_json(file), str(file))
@@ -150,7 +149,7 @@ def stop_ids(raw: dict, generation: dict) -> list[int]:
 
 @contextlib.contextmanager
 def open_weights(file: Path):
-    """An open safetensors file. Raises InputError if it cannot be read."""
+    """An open safetensors file."""
     try:
         with safe_open(file, framework="pt") as f:
             yield f
@@ -187,8 +186,7 @@ def pieces(file: Path, name: str, first: int, rows: int) -> Iterator[tuple[int, 
 
 
 def copy_weight(file: Path, name: str, target: Tensor) -> None:
-    """Copies a weight into `target`, of a sharded one the rows of this rank, of one on "meta" nothing. Raises
-    InputError for another shape or for quantized numbers."""
+    """Copies a weight into `target`, of a sharded one the rows of this rank, of one on "meta" nothing."""
     shape, dtype = header(file, name)
     if list(target.shape) != shape:
         raise InputError(f"{file}: weight '{name}' has shape {shape}, config.json asks for "
@@ -213,8 +211,7 @@ def tied(files: dict[str, Path]) -> bool:
 
 def weight_files(folder: Path) -> dict[str, Path]:
     """{weight name: file that holds it}. As in transformers, model.safetensors counts and not an index beside
-    it, since saving a model as one file may leave an old index. Raises InputError for an adapter to be merged
-    and for an index that does not fit its files."""
+    it, since saving a model as one file may leave an old index."""
     adapter = folder / "adapter_config.json"
     if adapter.exists():  # transformers would add it to the weights
         raise InputError(f"{adapter}: adapters are not read; merge this one into the model, with peft's "

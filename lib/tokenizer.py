@@ -42,8 +42,7 @@ def compiled(file: str, pattern: str) -> regex.Pattern:
 
 
 def splitters(file: str, spec: dict) -> list[regex.Pattern]:
-    """The regexes of a pre-tokenizer. Each cuts the pieces that the one before leaves, see `cut`. Raises
-    InputError for a pre-tokenizer that does anything else."""
+    """The regexes of a pre-tokenizer. Each cuts the pieces that the one before leaves, see `cut`."""
     steps = spec["pretokenizers"] if spec["type"] == "Sequence" else [spec]
     patterns = []
     for step in steps:
@@ -351,8 +350,7 @@ class Tokenizer:
 
     def chat(self, messages: list[dict], generation_prompt: bool = True, **variables) -> str:
         """The conversation rendered by the template; encode the result with special=True. messages: {"role",
-        "content", ...}, keys with value None are dropped. variables (tools=[...], enable_thinking=False) go
-        to the template. Raises InputError if the template fails."""
+        "content", ...}, keys with value None are dropped. variables: of the template, such as tools=[...]."""
         messages = [{k: value for k, value in message.items() if value is not None} for message in messages]
         variables = {"tools": None, "documents": None, "add_generation_prompt": generation_prompt} | variables
         try:

@@ -491,7 +491,7 @@ def test_verdict_words_with_little_probability_are_an_error(folders, tmp_path, g
     folder = tmp_path / "untrained"
     shutil.copytree(folders / "qwen", folder)
     Transformer.from_scratch(folder, seed=9).save_pretrained(folder)
-    match = (r"untrained: behind 'Safety:' the verdict words have 0\.\d{3} of the probability, 0.5 expected; "
+    match = (r"untrained: after 'Safety:' the verdict words have 0\.\d{3} of the probability, 0.5 expected; "
              r"the likeliest tokens are '.*' 0\.\d{3}(, '.*' 0\.\d{3}){4}")
     with pytest.raises(InputError, match=match):
         read_answers(load_reader(str(folder)), PROMPTS[:1], ["Use kill."])
