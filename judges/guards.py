@@ -49,7 +49,7 @@ WILDGUARD = {"ask": [
 
 
 def wildguard_text() -> str:
-    """The prompt of the installed package `wildguard`. Its modules import vllm, so they are parsed, not run."""
+    """The prompt of the installed package `wildguard`, parsed and not run, since it imports vllm."""
     package = find_spec("wildguard")
     for folder in package.submodule_search_locations or () if package else ():
         for node in ast.parse(read_text(Path(folder) / "utils.py")).body:
