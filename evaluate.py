@@ -72,11 +72,6 @@ def requests(prompts: list[Prompt], c) -> list[Prompt]:
             for p in [q for q in order if (q.file, q.label) == (file, label)][:n]]
 
 
-def classes_of(prompts: list[Prompt], embedded: bool) -> list[tuple[str, str]]:
-    """(class, --eval-file or "") of each prompt."""
-    return [(p.kind if embedded else p.label, p.file) for p in prompts]
-
-
 def check_lengths(tokenizer: Tokenizer, prompts: list[Prompt], room: int, c) -> None:
     """Raises InputError if a prompt under attack and its answers exceed a context of `room` tokens."""
     for p in prompts:
@@ -213,8 +208,8 @@ def measure(model: Transformer, tokenizer: Tokenizer, judge: Judge, prompts: lis
     first and the last stage only plain requests are asked."""
     rank, world = rank_and_world()
     ids, table, responses = list(range(len(prompts)))[rank::world], [], []
-    classes, local = classes_of(prompts, not c.prompts), [prompts[i] for i in ids]
-    measured = judge_of(c)
+    classes = [(p.label if c.prompts else p.kind, p.file) for p in prompts]  # and --eval-file
+    local, measured = [prompts[i] for i in ids], judge_of(c)
     how = dict(judge=measured["judge"], temperature=c.temperature, max_new_tokens=c.max_new_tokens)
     attacks = ATTACKS if stage in ("before", "after") else ATTACKS[:1]
     for attack in progress_bar(attacks, desc=f"evaluate {stage}", leave=False):
