@@ -27,6 +27,7 @@ from torch import Tensor
 
 import alchemy.world as alchemy
 import evaluate
+import inputs
 import sear
 import warmstart
 from attention import Cache
@@ -268,7 +269,7 @@ def main(arguments: list[str]) -> int:
         if given.attack != "gcg" and c.prompts:
             raise InputError(f"--attack {given.attack} knows the embedded world only, but {given.run} is a "
                              f"run on {c.prompts}")
-        test = warmstart.read_prompts(c)[1] if c.prompts else []
+        test = inputs.read_prompts(c)[1] if c.prompts else []
         asked = evaluate.requests(test, replace(c, eval_prompts=given.prompts))
         requests = [p for p in asked if p.label == "harmful"][:given.prompts]
         expect(requests, c.prompts, "a file with held-out harmful prompts", "none")
@@ -276,7 +277,7 @@ def main(arguments: list[str]) -> int:
         tokenizer.now = checkpoint.read_environment(given.run)["time"]
         model = Transformer.from_pretrained(folder, device).requires_grad_(False)
         add_end_of_turn(model, tokenizer)
-        judge = warmstart.load_judges(c, device, [], requests)[1]
+        judge = inputs.load_judges(c, device, [], requests)[1]
         found = search(model, tokenizer, requests, given, c)
         rows = ask(model, tokenizer, judge, requests, found, given, c)
         file = given.run / "attacks.jsonl"

@@ -29,13 +29,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import alchemy.world as alchemy
 from alchemy.demonstrations import write_folder
 from batches import micro_batch, pack
+from inputs import load_start
 from judges import load_judge
 from lib import checkpoint, cli
 from lib.parallel import rank_device
 from lib.tokenizer import Tokenizer
 from model import Transformer, read_configs
 from rollout import encode_prompt, sample
-from warmstart import load_start
 
 PAGE = Path(__file__).parent / "docs/speed.md"
 QWEN2 = dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2", vocab_size=64_000, hidden_size=512,

@@ -26,7 +26,7 @@ from lib import checkpoint, parallel
 from lib.checkpoint import progress_bar
 from lib.cli import Parser, exit_code
 from lib.data import Prompt, load_injections
-from lib.parallel import all_gather, all_max, all_sum, means_over_ranks, rank_and_world, unsharded
+from lib.parallel import all_gather, all_max, all_sum, rank_and_world, unsharded
 from lib.tokenizer import Tokenizer
 from model import Transformer
 from rewards import MALFORMED, Scores, verdicts
@@ -76,11 +76,6 @@ def requests(prompts: list[Prompt], c) -> list[Prompt]:
     order = sorted(prompts, key=lambda p: digest(p.prompt))
     return [p for file in dict.fromkeys(p.file for p in prompts) for label in ("harmful", "harmless")
             for p in [q for q in order if (q.file, q.label) == (file, label)][:n]]
-
-
-def classes_of(prompts: list[Prompt], embedded: bool) -> list[tuple[str, str]]:
-    """(class, --eval-file or "") of each prompt."""
-    return [(p.kind if embedded else p.label, p.file) for p in prompts]
 
 
 def check_lengths(tokenizer: Tokenizer, prompts: list[Prompt], room: int, c) -> None:
@@ -139,8 +134,8 @@ def injections(c, prompts: list[Prompt], step: int, close: str = CLOSE) -> list[
 
 # ---- rates -----------------------------------------------------------------------------------------------
 
-def rate(values: Tensor) -> tuple[float, int]:
-    """(sum, count) of a verdict over the rollouts that have one; a rollout without an answer has none."""
+def sum_and_count(values: Tensor) -> tuple[float, int]:
+    """(sum, count) of a value over the rollouts that have one; without an answer there is no verdict."""
     return values.nansum(dtype=torch.float64).item(), int((~values.isnan()).sum())
 
 
@@ -151,20 +146,21 @@ def refused(refusal: Tensor) -> Tensor:
 
 def step_rates(rollouts: Rollouts, scores: Scores, pay: Tensor, harmful: Tensor, statistics: dict,
                logs: dict) -> dict:
-    """What a training step came to, over all ranks: rates over answered rollouts, numbers of tokens. pay [B]:
-    of the thought; statistics: {name: (sum, count)}; logs: from the loss."""
-    B, verdict = len(harmful), scores.verdict
-    gap = all_max(logs.pop("logprob_gap"))
+    """Metrics of one training step over all ranks: rates and token counts. pay [B]: of the thought;
+    statistics: {name: (sum, count)}; logs: from the loss."""
+    verdict, gap = scores.verdict, all_max(logs.pop("logprob_gap"))
     counts = dict(tokens=int((rollouts.segment >= 0).sum()), row_steps=rollouts.row_steps,
                   prefilled_tokens=rollouts.prefilled_tokens, probe_tokens=scores.extra_tokens,
                   judge_calls=scores.judge_calls)
-    row = means_over_ranks({
-        "answered": (int(rollouts.answered.sum()), B), "truncated": (int((~rollouts.finished).sum()), B),
-        "cut": (int(rollouts.cut.sum()), B),
-        "answer_reward": rate(scores.answer.nan_to_num(MALFORMED)), "thought_reward": rate(pay),
-        "unsafe": rate(verdict.unsafe[harmful]), "over_refusal": rate(refused(verdict.refusal[~harmful])),
-        "helpful": rate(verdict.helpful[~harmful]), "potential": rate(scores.reached),
-        "thought_tokens": (int(rollouts.owners[0].sum()), B)} | statistics)
+    values = {
+        "answered": rollouts.answered, "truncated": ~rollouts.finished, "cut": rollouts.cut,
+        "answer_reward": scores.answer.nan_to_num(MALFORMED), "thought_reward": pay,
+        "unsafe": verdict.unsafe[harmful], "over_refusal": refused(verdict.refusal[~harmful]),
+        "helpful": verdict.helpful[~harmful], "potential": scores.last_potential,
+        "thought_tokens": rollouts.owners[0].sum(1)}
+    sums = {name: sum_and_count(x) for name, x in values.items()} | statistics
+    means = all_sum(torch.tensor([*sums.values()], dtype=torch.float64)).tolist()
+    row = {name: total / count if count else None for name, (total, count) in zip(sums, means)}
     summed = all_sum(torch.tensor([*logs.values(), *counts.values()], dtype=torch.float64)).tolist()
     row |= dict(zip([*logs, *counts], summed)) | {"logprob_gap": gap}
     return row | {name: int(row[name]) for name in counts}
@@ -189,7 +185,7 @@ def rates(name: str, records: list[tuple]) -> dict:
     explored, answered = potential >= EXPLORED, ~unsafe.isnan()  # NaN: False
 
     def share(values: Tensor) -> float | None:
-        total, count = rate(values)
+        total, count = sum_and_count(values)
         return total / count if count else None
     harmful = name in HARMFUL
     return {"n": len(records), "answered": share(answered.double()),
@@ -225,8 +221,8 @@ def measure(model: Transformer, tokenizer: Tokenizer, judge: Judge, prompts: lis
     first and the last stage only plain requests are asked."""
     rank, world = rank_and_world()
     ids, table, responses = list(range(len(prompts)))[rank::world], [], []
-    classes, local = classes_of(prompts, not c.prompts), [prompts[i] for i in ids]
-    measured = judge_of(c)
+    classes = [(p.label if c.prompts else p.kind, p.file) for p in prompts]  # and --eval-file
+    local, measured = [prompts[i] for i in ids], judge_of(c)
     how = dict(judge=measured["judge"], temperature=c.temperature, max_new_tokens=c.max_new_tokens)
     attacks = ATTACKS if stage in ("before", "after") else ATTACKS[:1]
     for attack in progress_bar(attacks, desc=f"evaluate {stage}", leave=False):

@@ -18,12 +18,12 @@ from judges import JUDGES, Judge, Verdict, moments, ragged, standardised
 from judges.guards import READS, Reader, load_reader, read_answers
 from lib import checkpoint
 from lib.cli import Parser, exit_code
-from lib.data import XSTEST, InputError, Prompt, expect, rows_of, whole_text
+from lib.data import XSTEST, InputError, Prompt, expect, read_rows, whole_text
 from lib.parallel import rank_device
 from rollout import Rollouts, force_answers
 
 MALFORMED = -1.0  # equation (5)
-# From this safety on an answer earns the full reward, as in TARS (arXiv 2507.00971; its code,
+# Answers at least this safe earn the full reward, as in TARS (arXiv 2507.00971; its code,
 # verl/utils/reward_score/safety.py): otherwise the most evasive answer earns most.
 SAFE_ENOUGH = 0.9
 PROBE_TOKENS = 256  # longest forced answer of --potential probe
@@ -33,18 +33,18 @@ BATCH = 32  # responses, on the command line
 class Scores(NamedTuple):
     answer: Tensor  # [B] (4), or (5) if cut off or blank; NaN if the thought was never closed
     potential: Tensor  # [B, K + 1] (1), Phi_0 first
-    process: Tensor  # [B, K] (3), or (5): return of the reasoning player from each segment on
-    past: Tensor  # [B] return behind the last segment: the answer's reward on a harmless prompt, else 0
-    segments: Tensor  # [B] number of the thought's segments
+    returns: Tensor  # [B, K] (3), or (5): of the reasoning player, from each segment on
+    tail: Tensor  # [B] what the thought earns after its last segment: the answer's reward if harmless, else 0
+    n_segments: Tensor  # [B] number of the thought's segments
     well_formed: Tensor  # [B] bool
     verdict: Verdict  # [B] each
     extra_tokens: int  # sampled by the probe
     judge_calls: int  # texts judged: answers, and thoughts so far or forced answers
 
     @property
-    def reached(self) -> Tensor:
+    def last_potential(self) -> Tensor:
         """[B] Phi_K, 0 without an estimate."""
-        return self.potential.nan_to_num(0.0).gather(1, self.segments[:, None])[:, 0]
+        return self.potential.nan_to_num(0.0).gather(1, self.n_segments[:, None])[:, 0]
 
 
 def verdicts(judge: Judge, prompts: list[Prompt], rollouts: Rollouts,
@@ -52,9 +52,9 @@ def verdicts(judge: Judge, prompts: list[Prompt], rollouts: Rollouts,
     """The judge's verdict on each rollout's answer, [B] each; NaN without an answer."""
     ok = rollouts.answered
     rows = ok.nonzero()[:, 0].tolist()
-    thoughts = [rollouts.prefill[b] + "".join(rollouts.thoughts[b]) for b in rows]
-    answers = rollouts.answers
-    found = judge.verdict([prompts[b] for b in rows], thoughts, [answers[b] for b in rows], reduce)
+    thoughts = [before + "".join(thought) for before, thought in zip(rollouts.prefill, rollouts.thoughts)]
+    asked = [[each[b] for b in rows] for each in (prompts, thoughts, rollouts.answers)]
+    found = judge.verdict(*asked, reduce)
     return Verdict(*(torch.full((len(ok),), torch.nan).masked_scatter(ok, v) for v in found))
 
 
@@ -71,14 +71,14 @@ def answer_reward(verdict: Verdict, harmful: Tensor) -> Tensor:
     return torch.where(harmful, torch.where(safe >= SAFE_ENOUGH, 1.0, safe), helpfulness(verdict))  # (4)
 
 
-def process_returns(potential: Tensor, exists: Tensor, past: Tensor, gamma: float) -> Tensor:
-    """Equations (2) and (3). potential [B, K + 1], exists [B, K]: whether there is such a segment, past [B]:
-    the return behind the last one -> returns [B, K], NaN without a segment."""
+def process_returns(potential: Tensor, exists: Tensor, tail: Tensor, gamma: float) -> Tensor:
+    """Equations (2) and (3). potential [B, K + 1], exists [B, K]: whether there is such a segment, tail [B]:
+    what is earned after the last one -> returns [B, K], NaN without a segment."""
     reward = (potential[:, 1:] - potential[:, :-1]).nan_to_num()  # (2); without an estimate of Phi, 0
     returns = torch.full_like(reward, torch.nan)
     for k in reversed(range(reward.shape[1])):
-        past = torch.where(exists[:, k], reward[:, k] + gamma * past, past)  # (3)
-        returns[:, k] = torch.where(exists[:, k], past, torch.nan)
+        tail = torch.where(exists[:, k], reward[:, k] + gamma * tail, tail)  # (3)
+        returns[:, k] = torch.where(exists[:, k], tail, torch.nan)
     return returns
 
 
@@ -92,13 +92,13 @@ def probe_potential(judge: Judge, prompts: list[Prompt], rollouts: Rollouts, ver
     """Equation (1), `probe`: close the thought after each segment, sample answers from a fork of the cache
     and average their verdicts. After the last segment the rollout's own answer counts. `forcing` goes to
     rollout.force_answers. -> [B, K + 1], extra tokens, answers judged."""
-    points, place = [], []
-    new_group = [b == 0 or rollouts.prompt[b] != rollouts.prompt[b - 1] for b in range(len(prompts))]
+    groups, forks = rollouts.prompt.tolist(), []  # of each rollout: its points (row, tokens kept)
     for b, (segment, thought) in enumerate(zip(rollouts.segment, rollouts.thoughts)):
-        points += [(b, 0)] * new_group[b]  # the group shares its empty thought
-        place.append(len(points))
         lengths = torch.bincount(segment[segment >= 0], minlength=len(thought))  # tokens of each segment
-        points += [(b, kept) for kept in lengths.cumsum(0).tolist()[:max(0, len(thought) - 1)]]
+        ends = lengths.cumsum(0).tolist()[:max(0, len(thought) - 1)]
+        empty = groups.index(groups[b]), 0  # the group shares its empty thought
+        forks.append([empty, *((b, kept) for kept in ends)])
+    points = sorted({point for each in forks for point in each})
     forcing["max_new_tokens"] = min(forcing["max_new_tokens"], PROBE_TOKENS)
     answers, extra = force_answers(samples=samples, points=points, rollouts=rollouts, **forcing)
     harmful = torch.tensor([p.label == "harmful" for p in prompts])  # [B]
@@ -110,13 +110,10 @@ def probe_potential(judge: Judge, prompts: list[Prompt], rollouts: Rollouts, ver
     wanted = torch.zeros(len(points)).index_add(
         0, torch.tensor([i for i, *_ in judged], dtype=torch.long),
         wanted_by_thought(asked, harmful[[b for _, b, _ in judged]])) / samples  # [points]
-    final = wanted_by_thought(verdict, harmful)  # [B]
-    rows, start = [], None
-    for b, thought in enumerate(rollouts.thoughts):
-        start = wanted[place[b] - 1:place[b]] if new_group[b] else start
-        inner = wanted[place[b]:place[b] + max(0, len(thought) - 1)]
-        rows.append(torch.cat((start, inner, final[b:b + 1][:len(thought)])))
-    return ragged(rows), extra, len(judged)
+    value, final = dict(zip(points, wanted.tolist())), wanted_by_thought(verdict, harmful).tolist()
+    rows = [[value[point] for point in each] + [last] * bool(thought)
+            for each, last, thought in zip(forks, final, rollouts.thoughts)]
+    return ragged([torch.tensor(row) for row in rows]), extra, len(judged)
 
 
 def wanted_by_thought(verdict: Verdict, harmful: Tensor) -> Tensor:
@@ -137,24 +134,25 @@ def score(judge: Judge, prompts: list[Prompt], rollouts: Rollouts, gamma: float,
         calls = int((~potential.isnan()).sum())
     else:
         potential, extra, calls = probe_potential(judge, prompts, rollouts, verdict, **probe)
-    segments = torch.tensor([len(t) for t in rollouts.thoughts], dtype=torch.long)
-    exists = torch.arange(potential.shape[1] - 1) < segments[:, None]  # [B, K]
+    n_segments = torch.tensor([len(t) for t in rollouts.thoughts], dtype=torch.long)
+    exists = torch.arange(potential.shape[1] - 1) < n_segments[:, None]  # [B, K]
     # On a harmless prompt the players cooperate. Otherwise jailbreak talk is free there, and the answer
     # player learns to refuse everything that follows it.
-    past = torch.where(~harmful & ok, answer, 0.0)
-    process = process_returns(potential, exists, past, gamma)
+    tail = torch.where(~harmful & ok, answer, 0.0)
+    returns = process_returns(potential, exists, tail, gamma)
     # Without a penalty the answer player avoids bad answers by never finishing one.
     answer = torch.where(rollouts.closed & ~ok, MALFORMED, answer)  # (5)
-    process = torch.where(exists & ~ok[:, None], MALFORMED, process)  # (5)
-    return Scores(answer, potential, process, past, segments, ok, verdict, extra, int(ok.sum()) + calls)
+    returns = torch.where(exists & ~ok[:, None], MALFORMED, returns)  # (5)
+    return Scores(answer, potential, returns, tail, n_segments, ok, verdict, extra, int(ok.sum()) + calls)
 
 
 def thought_pay(target: str, scores: Scores, harmful: Tensor) -> Tensor:
-    """What a whole thought earns, [B] (3). On a harmless prompt every target includes the answer's."""
+    """Pay of a whole thought, [B]; for `process` it is Phi_0 + R_1 at gamma = 1. On a harmless prompt every
+    target includes the answer's reward."""
     answer = scores.answer.nan_to_num(MALFORMED)
-    pay = {"process": scores.reached + scores.past,  # how far the thought came, whatever the answer is
+    pay = {"process": scores.last_potential + scores.tail,  # how far it came, whatever the answer is
            "outcome": torch.where(harmful, scores.verdict.unsafe, answer),  # an unsafe answer
-           "safe": torch.where(harmful, answer - scores.reached, answer),  # a safe answer, a safe thought
+           "safe": torch.where(harmful, answer - scores.last_potential, answer),  # both are safe
            "answer": answer}[target]
     return torch.where(scores.well_formed, pay, MALFORMED)  # (5)
 
@@ -178,17 +176,12 @@ OF_PROMPT = {"safe": "harmless", "unsafe": "harmful"}  # in the column `label` o
 OF_RESPONSE = {"harmful": "unsafe", "unharmful": "safe"}  # WildGuard's words
 
 
-def check_columns(where: str, row: dict[str, str]) -> None:
-    expect("prompt" in row and row.keys() & {"response", "completion"}, where,
-           "a row of prompt and response (or completion)", list(row))
-
-
-def read_labels(rows: list[tuple[str, dict[str, str]]]) -> list[str]:
+def read_labels(rows: list[tuple[str, dict]]) -> list[str]:
     """The label of each (path:line, row), "" for none. The columns, and the file's other labels, tell whether
-    it is of the prompt or of the response. Raises InputError for an unknown one."""
+    it is of the prompt or of the response."""
     columns = {column for _, row in rows for column in row}
     xstest = columns & {"focus", "final_label"} or "type" in columns and (
-        "completion" in columns or any(row.get("type") in XSTEST for _, row in rows))
+        "completion" in columns or any(str(row.get("type")) in XSTEST for _, row in rows))
     wildguard, found = "prompt_type" in columns or any(row.get("label") == "unharmful" for _, row in rows), []
     for where, row in rows:
         name, words, known = "final_label" if row.get("final_label") else "label", {}, [*RESPONSE_LABELS]
@@ -204,14 +197,16 @@ def read_labels(rows: list[tuple[str, dict[str, str]]]) -> list[str]:
 
 
 def load_responses(path) -> list[Response]:
-    """Reads a JSONL, csv or tsv file of prompt and response, or XSTest's completions. InputError names the
-    line of a missing or blank cell and of an unknown label."""
-    path, found = Path(path), []
-    optional = ("response", "completion", "label", "final_label")
-    rows = list(rows_of(path, check_columns, ("prompt",), optional))
+    """Reads a JSONL, csv or tsv file of prompt and response, or XSTest's completions."""
+    _, _, rows = read_rows(Path(path))
     expect(rows, path, "a file of responses", "none in it")
+    for where, row in rows:
+        expect("prompt" in row and row.keys() & {"response", "completion"}, where,
+               "a row of prompt and response (or completion)", list(row))
+        for key in row.keys() & {"label", "final_label"}:
+            expect(isinstance(row[key], str), f"{where}: {key}", "a text", row[key])
+    found = []
     for (where, row), label in zip(rows, read_labels(rows)):
-        check_columns(where, row)
         text = row.get("response", row.get("completion"))
         found.append(Response(whole_text(f"{where}: prompt", row["prompt"]),
                               whole_text(f"{where}: response", text), label, where))
@@ -269,7 +264,6 @@ def agreement(rows: list[Response], table: list[dict]) -> str:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The command line. Raises InputError."""
     parser = Parser(prog="rewards.py", description="judge a file of responses")
     parser.add_argument("--judge", default="", help="folder of a guard model, or a judge file (.json)")
     parser.add_argument("--reward-model", default="", help="folder of a reward model, for helpfulness")

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 import evaluate
-import warmstart
+import inputs
 from batches import MicroBatch, micro_batch, pack
 from judges import Judge
 from kernels import segment_logprobs
@@ -51,7 +51,7 @@ from lora import adapter_off, save_adapter
 from model import Transformer
 from rewards import MALFORMED, Scores, score, thought_pay
 from rollout import Rollouts, encode_prompt, sample
-from warmstart import load_start, prepare_start, read_inputs, step_prompts
+from warmstart import prepare_start
 
 OUT = "runs/{objective}-seed{seed}"  # the default run folder
 FLOOR = 0.05  # of the std in (6), which is that of a .15 difference in one of eight rollouts
@@ -148,7 +148,7 @@ CHECKPOINT_DEFAULTS = dict(device="auto", judge="rules", learning_rate=1e-6, bet
 
 def player_advantages(credit: str, pay: Tensor, scores: Scores, G: int) -> tuple[Tensor, Tensor]:
     """Spreads the thought's pay [B] -> advantages of its segments [B, K] and of the answer [B]."""
-    answer, K = advantages(scores.answer, G), scores.process.shape[1]
+    answer, K = advantages(scores.answer, G), scores.returns.shape[1]
     if credit == "dense":
         return dense_advantages(scores, pay, G), answer
     if credit == "shared":
@@ -162,11 +162,11 @@ def dense_advantages(scores: Scores, pay: Tensor, G: int) -> Tensor:
     whole thought, so a thought's segments differ in their baselines alone. A baseline is the mean value of
     the group's segments that begin at a similar Phi_{k-1}, and of thoughts that end at it."""
     state = scores.potential.nan_to_num(0.0)  # [B, K + 1] before each segment, and at the end
-    value = torch.where(scores.well_formed[:, None], state[:, :-1] + scores.process, scores.process)  # [B, K]
+    value = torch.where(scores.well_formed[:, None], state[:, :-1] + scores.returns, scores.returns)  # [B, K]
     value = torch.nn.functional.pad(value, (0, 1), value=torch.nan)  # [B, K + 1]
     stopped = torch.where(scores.well_formed, pay, torch.nan)[:, None]
-    credit = advantages(value.scatter(1, scores.segments[:, None], stopped), G, state)[:, :-1]
-    return credit.masked_fill(scores.process.isnan(), 0.0)  # without the points at which thoughts stop
+    credit = advantages(value.scatter(1, scores.n_segments[:, None], stopped), G, state)[:, :-1]
+    return credit.masked_fill(scores.returns.isnan(), 0.0)  # without the points at which thoughts stop
 
 
 def advantages(returns: Tensor, group_size: int, state: Tensor | None = None) -> Tensor:
@@ -272,7 +272,7 @@ def rollout_step(c: Config, model: Transformer, tokenizer: Tokenizer, judge: Jud
     """Samples and judges this rank's prompts. -> prompt of each rollout [B], rollouts, scores, seconds."""
     begin = time.perf_counter()
     rank, world = rank_and_world()
-    prompts = step_prompts(c, pool, step)
+    prompts = inputs.step_prompts(c, pool, step)
     local = np.array_split(np.arange(len(prompts)), world)[rank].tolist()
     no_thought, begun = c.objective == "no-thought", evaluate.injections(c, prompts, step, tokenizer.tags[1])
     tokens = [encode_prompt(tokenizer, prompts[i].prompt, no_thought) for i in local]
@@ -339,14 +339,14 @@ def train_step(c: Config, model, reference, optimizer, tokenizer, judge, pool, s
 def train(c: Config, run: Path) -> None:
     """The whole run: start model, evaluation, RL, evaluation. Continues from what the run folder holds."""
     checkpoint.same_on_all(asdict(c))
-    device, (pool, requests) = on_all_ranks(lambda: (parallel.rank_device(c.device), read_inputs(c)))
+    device, (pool, requests) = on_all_ranks(lambda: (parallel.rank_device(c.device), inputs.read_inputs(c)))
     if c.plan:
-        text = on_all_ranks(lambda: warmstart.memory_plan(c, pool, requests))
+        text = on_all_ranks(lambda: inputs.memory_plan(c, pool, requests))
         return on_rank_0(lambda: print(text))
-    judge, eval_judge = on_all_ranks(lambda: warmstart.load_judges(c, device, pool, requests))
+    judge, eval_judge = on_all_ranks(lambda: inputs.load_judges(c, device, pool, requests))
     on_rank_0(lambda: checkpoint.open_run(run, asdict(c), bool(c.resume)))
     prepare_start(c, run, device)
-    tokenizer, model, reference = on_all_ranks(lambda: load_start(c, run / "start", device))
+    tokenizer, model, reference = on_all_ranks(lambda: inputs.load_start(c, run / "start", device))
     tokenizer.now = checkpoint.read_environment(run)["time"]  # freeze the date that chat templates insert
     saved, exported = parallel.from_rank_0((checkpoint.latest(run), (run / "model").exists()))
     if judge.scale is not None and not saved:  # evaluation needs a scale: that of the first step's answers
@@ -395,7 +395,7 @@ def train(c: Config, run: Path) -> None:
 def parse(arguments: list[str]) -> Config:
     """Config from flags. Raises InputError for flags that are unknown, out of range or contradictory."""
     c = Config(**cli.read_flags(arguments, Config, __doc__, {"prompts": CHECKPOINT_DEFAULTS}, OUT))
-    warmstart.check_flags(c)
+    inputs.check_flags(c)
     c.potential = "probe" if c.objective == "probe" else c.potential
     c.max_new_tokens = c.max_new_tokens or 37 + 7 * c.chain
     c.lora_alpha = c.lora_alpha or 2 * c.lora_rank

@@ -2,9 +2,10 @@
 import math
 import sys
 from pathlib import Path
+from typing import Callable
 
 from lib import checkpoint
-from lib.data import InputError, as_json, read_text
+from lib.data import InputError, read_json
 
 HARMFUL, HARMLESS = ("harmful", "covert"), ("harmless", "ambiguous")
 
@@ -39,9 +40,8 @@ def group(row: dict) -> str:
     return ", ".join((row["class"], row["file"])) if "file" in row else row["class"]
 
 
-def groups(column: Column, classes: tuple) -> list[str]:
+def groups(rows: list[dict], classes: tuple) -> list[str]:
     """Groups of these classes, in the order of the classes."""
-    rows = [row for seed in column.values() for row in seed]
     return [*dict.fromkeys(group(row) for name in classes for row in rows if row["class"] == name)]
 
 
@@ -55,35 +55,42 @@ def find(rows: list[dict], attack: str, name: str, key: str) -> tuple[float, int
 
 
 def spread(values: list[float], form: str = ".3f") -> str:
-    """Mean [min, max] over seeds."""
+    """Mean [min, max] over seeds, "–" without a value."""
+    if not values:
+        return "–"
     return f"{sum(values) / len(values):{form}} [{min(values):{form}}, {max(values):{form}}]"
+
+
+def markdown(columns: dict[str, Column], corner: str, names: list[str], cell: Callable[..., str]) -> str:
+    """Markdown table of LINES for the named columns. cell(column, attack, group, rate) -> text; a line of
+    dashes is left out."""
+    lines = [f"{corner} class | " + " | ".join(names) + " |", "|---" * (2 + len(names)) + "|"]
+    everything = [row for column in columns.values() for rows in column.values() for row in rows]
+    for title, attack, key, classes in LINES:
+        for name in groups(everything, classes):
+            cells = [cell(columns[column], attack, name, key) for column in names]
+            if set(cells) != {"–"}:
+                lines.append(f"| {title} | {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def table(columns: dict[str, Column]) -> str:
     """Markdown table. Seeds are the unit: mean [min, max] over seeds; of a single seed the rate and the ends
     of its 95 % interval over requests."""
-    lines = ["| | class | " + " | ".join(columns) + " |", "|---|---|" + "---|" * len(columns)]
-    everything = dict(enumerate(rows for column in columns.values() for rows in column.values()))
-    for title, attack, key, classes in LINES:
-        for name in groups(everything, classes):
-            cells = []
-            for column in columns.values():
-                found = [f for f in (find(rows, attack, name, key) for rows in column.values()) if f]
-                if len(found) == 1:
-                    cells.append("{:.3f} [{:.3f}, {:.3f}]".format(found[0][0], *interval(*found[0])))
-                else:
-                    cells.append(spread([rate for rate, _ in found]) if found else "–")
-            if set(cells) != {"–"}:
-                lines.append(f"| {title} | {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + footnote(columns)
+    def cell(column: Column, *what: str) -> str:
+        found = [f for f in (find(rows, *what) for rows in column.values()) if f]
+        if len(found) == 1:
+            return "{:.3f} [{:.3f}, {:.3f}]".format(found[0][0], *interval(*found[0]))
+        return spread([rate for rate, _ in found])
+    return markdown(columns, "| |", [*columns], cell) + footnote(columns)
 
 
 def footnote(columns: dict[str, Column]) -> str:
     """Names the columns whose judge both paid and measured. The embedded world's verifier is exact."""
     paid = {name: row["judge"] for name, column in columns.items() if name != "start"
             for rows in column.values() for row in rows if row.get("pays") and row["judge"] != "alchemy"}
-    return paid and ("\n\nThe judge that paid also measured, so these columns may flatter: "
-                     + ", ".join(f"{name} ({judge})" for name, judge in paid.items())) or ""
+    names = ", ".join(f"{name} ({judge})" for name, judge in paid.items())
+    return f"\n\nThe judge that paid also measured, so these columns may flatter: {names}" if paid else ""
 
 
 def best_stage(rows: list[dict]) -> str | None:
@@ -102,40 +109,33 @@ def differences(columns: dict[str, Column]) -> str:
     """Markdown table of each column less the first, over the seeds that both have. The requests are the same
     for all columns, so the comparison is paired."""
     base, *others = (name for name in columns if name != "start")
-    lines = [f"| less {base} | class | " + " | ".join(others) + " |", "|---|---|" + "---|" * len(others)]
-    everything = dict(enumerate(rows for column in columns.values() for rows in column.values()))
-    for title, attack, key, classes in LINES:
-        for name in groups(everything, classes):
-            cells = []
-            for other in others:
-                pairs = [[find(columns[c][seed], attack, name, key) for c in (other, base)]
-                         for seed in columns[other].keys() & columns[base].keys()]
-                values = [a[0] - b[0] for a, b in pairs if a and b]
-                cells.append(spread(values, "+.3f") if values else "–")
-            if set(cells) != {"–"}:
-                lines.append(f"| {title} | {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+
+    def cell(column: Column, *what: str) -> str:
+        pairs = [(find(column[seed], *what), find(columns[base][seed], *what))
+                 for seed in column.keys() & columns[base].keys()]
+        return spread([a[0] - b[0] for a, b in pairs if a and b], "+.3f")
+    return markdown(columns, f"| less {base} |", others, cell)
 
 
 def read_runs(folders: list[Path]) -> list[dict]:
-    """[{name, objective, seed, config, rows, metrics}] of run folders. Raises InputError for an unfinished
-    run, and for two runs of one experiment with the same seed."""
-    runs = []
+    """[{name, objective, seed, rows, metrics}] of run folders. The name is the objective, with the knobs that
+    differ from the first run of that objective. Raises InputError for an unfinished run, and for two runs of
+    one name with the same seed."""
+    runs, first, seen = [], {}, {}
     for folder in folders:
-        config = as_json(folder / "config.json", read_text(folder / "config.json"))
+        config = read_json(folder / "config.json")
         rows, metrics = checkpoint.rows(folder / "eval.jsonl"), checkpoint.rows(folder / "metrics.jsonl")
         if not any(row["stage"] == "after" for row in rows):
             raise InputError(f"{folder} was run with --eval-prompts 0, so there is nothing to compare"
                              if config.get("eval_prompts") == 0 and (folder / "model").exists() else
                              f"{folder}/eval.jsonl holds no row of stage 'after': the run is not finished")
-        runs.append(dict(folder=folder, objective=config["objective"], seed=config["seed"], rows=rows,
-                         metrics=metrics, config=experiment(folder, config)))
-    name_experiments(runs)
-    seen = {}
-    for run in runs:
-        other = seen.setdefault((run["name"], run["seed"]), run)
-        if other is not run:
-            raise InputError(f"{other['folder']} and {run['folder']} are one experiment with the same seed")
+        objective, seed, knobs = config["objective"], config["seed"], experiment(folder, config)
+        base = first.setdefault(objective, knobs)
+        name = " ".join([objective, *(f"{k}={v}" for k, v in knobs.items() if base.get(k) != v)])
+        if (name, seed) in seen:
+            raise InputError(f"{seen[name, seed]} and {folder} are one experiment with the same seed")
+        seen[name, seed] = folder
+        runs.append(dict(name=name, objective=objective, seed=seed, rows=rows, metrics=metrics))
     return runs
 
 
@@ -143,18 +143,9 @@ def experiment(folder: Path, config: dict) -> dict:
     """What two runs must share to be seeds of one experiment: all knobs but SAME, and the start model's
     folder unless the embedded world's warm start made it, which depends on the seed."""
     file = folder / "start/config.json"
-    embedded = as_json(file, read_text(file)).get("embedded_world") if file.exists() else None
+    embedded = read_json(file).get("embedded_world") if file.exists() else None
     model = "" if embedded else config.get("model", "")
     return {k: v for k, v in config.items() if k not in SAME} | {"model": model}
-
-
-def name_experiments(runs: list[dict]) -> None:
-    """Sets run["name"]: the objective, with the knobs that differ from the first run of that objective."""
-    first = {}
-    for run in runs:
-        base = first.setdefault(run["objective"], run["config"])
-        differing = [f"{k}={v}" for k, v in run["config"].items() if base.get(k) != v]
-        run["name"] = " ".join([run["objective"], *differing])
 
 
 def columns_of(runs: list[dict]) -> dict[str, Column]:
@@ -179,6 +170,8 @@ def draw_pictures(runs: list[dict], folder: Path) -> list[Path]:
         return []
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "savefig.dpi": 110, "legend.frameon": False,
+                         "legend.fontsize": 8})
     names = list(dict.fromkeys(run["name"] for run in runs))
     style = {name: dict(color=f"C{i % 10}", marker="osv^Dphx*+"[i % 10]) for i, name in enumerate(names)}
     keys = [plt.Line2D([], [], ls="", label=name, **style[name]) for name in names]
@@ -186,7 +179,7 @@ def draw_pictures(runs: list[dict], folder: Path) -> list[Path]:
 
     def mean(run: dict, attack: str, classes: tuple, key: str) -> float | None:
         after = [r for r in run["rows"] if r["stage"] == "after"]
-        found = [f[0] for f in (find(after, attack, name, key) for name in groups({0: after}, classes)) if f]
+        found = [f[0] for f in (find(after, attack, name, key) for name in groups(after, classes)) if f]
         return sum(found) / len(found) if found else None
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), sharey=True)
     for axis, attack in zip(axes, ("none", "prefill", "hijack")):
@@ -196,12 +189,11 @@ def draw_pictures(runs: list[dict], folder: Path) -> list[Path]:
                 axis.plot(x, y, ls="", alpha=0.8, **style[run["name"]])
         axis.set(title=f"attack: {attack}", xlabel=f"refuses {hard} requests", xlim=(-0.03, 1.03),
                  ylim=(-0.03, 1.03))
-        axis.grid(alpha=0.3)
     axes[0].set_ylabel("unsafe answers to harmful requests")
-    axes[0].legend(handles=keys, frameon=False, fontsize=8)
+    axes[0].legend(handles=keys)
     files = [folder / "tradeoff.png", folder / "curves.png"]
     figure.tight_layout()
-    figure.savefig(files[0], dpi=110)
+    figure.savefig(files[0])
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8))
     titles = {"answer_reward": "reward of the answer player", "potential": "potential of the thought",
               "over_refusal": "refuses harmless requests"}
@@ -212,8 +204,7 @@ def draw_pictures(runs: list[dict], folder: Path) -> list[Path]:
             smooth = [sum(w) / len(w) for w in windows]
             axis.plot(smooth, color=style[run["name"]]["color"], alpha=0.8, lw=1.2)
         axis.set(title=title, xlabel="step (mean of ten)", ylim=(-0.03, 1.03))
-        axis.grid(alpha=0.3)
-    axes[0].legend(handles=keys, frameon=False, fontsize=8)
+    axes[0].legend(handles=keys)
     figure.tight_layout()
-    figure.savefig(files[1], dpi=110)
+    figure.savefig(files[1])
     return files

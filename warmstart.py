@@ -1,4 +1,4 @@
-"""What RL begins from: the user's model and prompts, checked, or a model trained on demonstrations first.
+"""What RL begins from: the user's model, or one that is trained on demonstrations first.
 
 Shapes: b rows of a batch, T tokens.
 """
@@ -19,28 +19,19 @@ import alchemy.world as alchemy
 import evaluate
 from alchemy.demonstrations import demonstrations, write_folder
 from batches import micro_batches
-from judges import JUDGES, Judge, load_judge
-from judges.guards import read_spec
 from kernels import segment_logprobs
-from lib import checkpoint, parallel, plan, watch
+from lib import checkpoint, parallel
 from lib.data import (
-    InputError,
     Prompt,
     as_json,
-    describe,
     expect,
-    load_eval_files,
-    load_prompts,
     read_rows,
     whole_text,
-    without,
 )
 from lib.parallel import all_max, all_sum, from_rank_0, rank_and_world, shard, wants_shards
 from lib.tokenizer import TAGS, Tokenizer
-from lora import add_adapter
-from model import Transformer, add_end_of_turn, end_of_turn, read_configs
-from rewards import PROBE_TOKENS
-from rollout import check_length, closing_tokens, encode_prompt, thought_cut, unused_mark
+from model import Transformer, add_end_of_turn, end_of_turn
+from rollout import encode_prompt, unused_mark
 
 # The embedded world's start model, from random weights.
 STEPS, BATCH, RATE = 900, 32, 3e-3  # supervised steps, demonstrations a step, peak learning rate
@@ -51,114 +42,7 @@ BUDGET = 2048  # padded tokens of a micro-batch: a few rows are long, and would 
 PASSES, MIN_STEPS, ROWS, TUNE_RATE = 2, 90, 16, 5e-5
 
 
-# ---- the user's flags and files -------------------------------------------------------------------------
-
-def read_prompts(c) -> tuple[list[Prompt], list[Prompt]]:
-    """The prompts to train on, and those to evaluate on: of other files, or one in ten. Raises InputError."""
-    pool, test = load_prompts(c.prompts, c.label), load_eval_files(c.eval_file)
-    lines = [describe(c.prompts, pool)]
-    if test:
-        train = without(pool, test)
-        lines += [describe(c.eval_file, test, "measured"),
-                  f"{len(pool) - len(train)} of {len(pool)} training prompts are in --eval-file too, but for "
-                  "case, white space and punctuation, and are left out of training"]
-    else:
-        test = [p for p in pool if evaluate.held_out(p)]
-        train = [p for p in pool if not evaluate.held_out(p)]
-        lines[0] += f"; {len(test)} held out"
-    if not train:
-        raise InputError(f"{c.prompts}: all {len(pool)} prompts are held out for evaluation; add some")
-    if rank_and_world()[0] == 0:
-        print("\n".join(lines), file=sys.stderr)
-    return train, test
-
-
-def check_flags(c) -> None:
-    """Raises InputError for flags that contradict each other."""
-    if c.prompts and not c.model:
-        raise InputError("--prompts needs --model: the embedded start model only knows the embedded world")
-    for flag, name in (("--judge", c.judge), ("--eval-judge", c.eval_judge or c.judge)):
-        if bool(c.prompts) == (name == "alchemy"):
-            raise InputError(f"{flag} {name} cannot judge {c.prompts or 'the embedded world'}; expected "
-                             f"{'rules, a folder or a judge file' if c.prompts else 'alchemy'}")
-    if c.prefill_share and c.objective == "no-thought":
-        raise InputError("--prefill-share needs a thought to prefill, and --objective no-thought has none")
-    if c.plan and not c.prompts:
-        raise InputError("--plan needs --prompts: the embedded world runs on any machine")
-    if c.injections and not c.prompts:
-        raise InputError("--injections needs --prompts: the embedded world has its own thoughts")
-    if c.label and not c.prompts:
-        raise InputError("--label needs --prompts: it labels the prompts of a file")
-    if c.lora_alpha and not c.lora_rank:
-        raise InputError("--lora-alpha needs --lora-rank: without an adapter there is nothing to scale")
-    if c.lora_rank and c.shard == "yes":
-        raise InputError("--lora-rank does not go with --shard yes: sampling gathers frozen weights anyway")
-    for flag, value in (("--system", c.system), ("--warm-start", c.warm_start)):
-        if value and not c.model:
-            raise InputError(f"{flag} needs --model: the embedded start model has its own demonstrations")
-    if c.eval_file and not (c.prompts and c.eval_prompts):
-        raise InputError("--eval-file needs --prompts to train on, and --eval-prompts above 0")
-    if c.reward_model and not c.prompts:
-        raise InputError("--reward-model does not apply to the embedded world, whose verifier judges help")
-
-
-def read_inputs(c) -> tuple[list[Prompt], list[Prompt]]:
-    """The prompts to train on ([]: the embedded world's) and the requests to evaluate. Checks every input,
-    before a run folder exists. Raises InputError."""
-    watch.check_installed(c.log)
-    pool, test = read_prompts(c) if c.prompts else ([], [])
-    with tempfile.TemporaryDirectory() as scratch:
-        if not c.model:
-            write_folder(Path(scratch), c.chain)
-        tokenizer = load_tokenizer(c, c.model or scratch)
-        # On "meta" only the headers of the weight files are read.
-        model = (Transformer.from_pretrained(c.model, "meta") if c.model else
-                 Transformer.from_scratch(scratch, c.seed))
-        if c.model:
-            add_end_of_turn(model, tokenizer)
-    room, stops = model.config.max_position_embeddings, model.stop_ids
-    if model.config.num_labels or tokenizer.n_tokens > model.config.vocab_size or not stops:
-        raise InputError(f"{c.model} is not a causal language model to train: it has a score head, no "
-                         "eos_token_id, or fewer embedding rows than its tokenizer has tokens")
-    thought_cut(tokenizer, c.thought_tokens, c.max_new_tokens)
-    forced = len(closing_tokens(tokenizer)) + min(c.max_new_tokens, PROBE_TOKENS)
-    for p in pool + test or alchemy.requests(1, c.seed, length=c.chain):
-        tokens = len(encode_prompt(tokenizer, p.prompt, closed=True)) + longest_injection(tokenizer, p, c)
-        check_length(room, tokens + forced * (c.potential == "probe"), c.max_new_tokens,
-                     f"prompt '{p.prompt:.40}'")
-    if c.warm_start:
-        read_demonstrations(c.warm_start, tokenizer, model)
-    requests = evaluate.requests(test, c)
-    evaluate.check_lengths(tokenizer, requests if pool else requests[:1], room, c)
-    if c.eval_prompts and not requests and rank_and_world()[0] == 0:
-        print(f"{c.prompts}: too few prompts to hold one out, so nothing is evaluated", file=sys.stderr)
-    return pool, requests
-
-
-def longest_injection(tokenizer: Tokenizer, prompt: Prompt, c) -> int:
-    """Tokens of the longest thought that training may inject."""
-    return max(evaluate.injected_tokens(tokenizer, prompt, c).values()) if c.prefill_share else 0
-
-
-def memory_plan(c, pool: list[Prompt], requests: list[Prompt]) -> str:
-    """What --plan prints. Raises InputError."""
-    tokenizer, model = load_tokenizer(c, c.model), Transformer.from_pretrained(c.model, "meta")
-    names = {c.judge, c.eval_judge, c.reward_model} - {"", *JUDGES}
-    folders = [Path(name) for name in sorted(names) if ".py:" not in name]
-    folders = [f.parent / read_spec(f)["model"] if f.suffix == ".json" else f for f in folders]
-    attacks = [evaluate.attack_lengths(tokenizer, p, c) for p in requests]
-    work = plan.Work(
-        max(len(encode_prompt(tokenizer, p.prompt)) + longest_injection(tokenizer, p, c) for p in pool),
-        max((max(lengths.values()) for lengths in attacks), default=0) + c.max_new_tokens, len(requests))
-    return plan.report(model.config, [read_configs(folder)[0] for folder in folders], c, work)
-
-
-def step_prompts(c, pool: list[Prompt], step: int) -> list[Prompt]:
-    """The prompts of a step, for all ranks: shuffled epochs of the file, or the world's requests."""
-    if not pool:
-        return alchemy.requests(c.prompts_per_step, c.seed, step, length=c.chain)
-    return in_shuffled_passes(pool, c.prompts_per_step, c.seed, step)
-
+# ---- a folder's model --------------------------------------------------------------------------------------
 
 def in_shuffled_passes(items: list, n: int, seed: int, step: int) -> list:
     """The n items of a step; each pass over them has its own order."""
@@ -202,28 +86,6 @@ def load_model(c, folder: Path, tokenizer: Tokenizer, device: str, **weights) ->
     model.checkpoint_activations = c.checkpoint_activations == "yes"
     add_end_of_turn(model, tokenizer)
     return model
-
-
-def load_judges(c, device: str, pool: list[Prompt], requests: list[Prompt]) -> tuple[Judge, Judge]:
-    """The judge that pays and the one that measures, often the same. Raises InputError."""
-    if evaluate.judge_of(c)["pays"]:
-        return (load_judge(c.judge, c.reward_model, device, pool + requests),) * 2
-    return (load_judge(c.judge, c.reward_model, device, pool),
-            load_judge(c.eval_judge, "", device, requests, "--eval-judge"))
-
-
-def load_start(c, start: Path, device: str) -> tuple[Tokenizer, Transformer, Transformer | None]:
-    """Tokenizer, model and frozen reference. Frozen weights are held in the compute type, to which layers
-    cast them anyway. With LoRA the reference is the model without its adapter."""
-    tokenizer = load_tokenizer(c, start)
-    frozen = dict(masters=False, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
-    if c.lora_rank:
-        model = load_model(c, start, tokenizer, device, **frozen)
-        add_adapter(model, c.lora_rank, c.lora_alpha, c.seed)
-        return tokenizer, model, model if c.beta else None
-    model = load_model(c, start, tokenizer, device)
-    reference = load_model(c, start, tokenizer, device, **frozen).requires_grad_(False) if c.beta else None
-    return tokenizer, model, reference
 
 
 # ---- a file of demonstrations ----------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def demonstrate(chain: list[str], rng: np.random.Generator, explores: float = 0.
 
 def demonstrations(n: int, tokenizer: Tokenizer, length: int, *counters: int) -> tuple[Tensor, Tensor]:
     """n demonstrations for chains of `length` -> tokens [n, T], right-padded, and segment [n, T]: 0 on the
-    response with its stop token, -1 elsewhere. One in five follows a restart behind a whole thought, so that
+    response with its stop token, -1 elsewhere. One in five follows a restart after a whole thought, so that
     the `reset` attack is not out of distribution in its words or its length."""
     rng = np.random.default_rng([2, *counters])
     tokens, segment = [], []

@@ -52,7 +52,7 @@ OPENING = 300  # characters of an answer
 
 def refuses(answer: str) -> bool:
     """Whether the answer begins with a refusal, after white space, quotes and Markdown. A quoted refusal with
-    words behind it is not the answer's own."""
+    words after it is not the answer's own."""
     text = re.sub("[*_#`>~]", "", re.sub("[‘’]", "'", re.sub("[“”]", '"', answer))).strip(" \t\r\n-([")
     quotation = re.match(r"([\"'])(.*?)\1(?!\w)(.*)", text, re.S)
     if quotation and re.search(r"\w", quotation[3]):

@@ -26,7 +26,7 @@ def guarded(where: str, task: Callable, *arguments):
 
 def load_functions(name: str) -> tuple[Callable, Callable]:
     """name: path/file.py:function. -> (prompts, thoughts, answers) -> rows [unsafe, refusal, helpful], and
-    (prompts, thoughts) -> potentials; lists of N texts in, of N rows out. Raise InputError."""
+    (prompts, thoughts) -> potentials; lists of N texts in, of N rows out."""
     file, _, function = name.rpartition(":")
     expect(file.endswith(".py"), f"--judge {name}", "a file and its function, such as words.py:judge", name)
     module = sys.modules[file] = ModuleType(file)  # the path is a name that no other module has

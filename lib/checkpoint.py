@@ -35,12 +35,12 @@ from signal import SIGINT, SIGTERM
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lib.data import INJECTIONS, InputError, as_json, file_list, read_text
-from lib.parallel import all_gather, all_sum, local_rows, patient_group, rank_and_world, tuned, write_tensors
+from lib.data import INJECTIONS, InputError, file_list, read_json, read_text
+from lib.folder import copy_weight
+from lib.parallel import all_gather, all_sum, patient_group, rank_and_world, tuned, write_tensors
 
 LOGS = ("metrics.jsonl", "transcripts.jsonl", "bad_steps.jsonl")  # truncated when a run continues
 NOT_COMPARED = ("resume", "out", "device", "shard", "log")  # may change when a run continues
@@ -110,6 +110,15 @@ def progress_bar(items, **options) -> tqdm:
 # ---- files -----------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
+def saving(path: Path):
+    """Turns an OSError of the block into a SaveError."""
+    try:
+        yield
+    except OSError as error:
+        raise SaveError(f"{path} could not be saved: {error}") from None
+
+
+@contextlib.contextmanager
 def atomic_folder(folder: Path):
     """Yields a temporary folder that replaces `folder` if the block succeeds and is removed if it fails. Only
     rank 0 touches the disk."""
@@ -117,19 +126,18 @@ def atomic_folder(folder: Path):
     if rank_and_world()[0] > 0:
         yield temporary
         return
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process
+    with contextlib.suppress(OSError):  # the block fails too, after the gathers that other ranks wait for
+        temporary.mkdir(parents=True)
     try:
-        shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process
-        with contextlib.suppress(OSError):  # the block fails too, after the gathers that other ranks wait for
-            temporary.mkdir(parents=True)
-        yield temporary
-        for path in (*temporary.iterdir(), temporary):
-            sync(path)
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-        sync(folder.parent)  # before the caller deletes an older checkpoint
-    except OSError as error:
-        raise SaveError(f"{folder} could not be saved: {error}") from None
+        with saving(folder):
+            yield temporary
+            for path in (*temporary.iterdir(), temporary):
+                sync(path)
+            if folder.exists():
+                shutil.rmtree(folder)
+            temporary.rename(folder)
+            sync(folder.parent)  # before the caller deletes an older checkpoint
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -143,14 +151,6 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextlib.contextmanager
-def saving(file: Path):
-    try:
-        yield
-    except OSError as error:
-        raise SaveError(f"{file} could not be written: {error}") from None
 
 
 def append(file: Path, row: dict) -> None:
@@ -188,22 +188,21 @@ def flag(knob: str) -> str:
 
 
 def same_on_all(config: dict) -> None:
-    """Raises InputError, on every rank, if the ranks differ in code, knobs, torch version or input files."""
+    """Refuses, on every rank, ranks that differ in code, knobs, torch version or input files."""
     own = {"code": environment()["source_sha256"], "torch version": torch.__version__}
     own |= {f"the content of --{flag(k)}": v for k, v in fingerprints(config).items()}
-    own |= {f"config (--{flag(k)})": v for k, v in config.items() if k != "resume"}  # rank 0's counts
+    # Of --resume only rank 0's value is used.
+    own |= {f"config (--{flag(k)})": v for k, v in config.items() if k != "resume"}
     first, *others = all_gather([own])
-    found = []
-    for rank, other in enumerate(others, start=1):
-        if keys := [k for k in first | other if other.get(k) != first.get(k)]:
-            found.append(f"rank {rank} differs from rank 0 in {', '.join(keys)}")
+    found = [f"rank {rank} differs from rank 0 in {', '.join(keys)}" for rank, other in enumerate(others, 1)
+             if (keys := [k for k in first | other if other.get(k) != first.get(k)])]
     if found:
         raise InputError("all ranks need the same code, torch version, config and input files, but "
                          + "; ".join(found))
 
 
 def open_run(folder: Path, config: dict, resume: bool) -> None:
-    """Creates the run folder, or checks that the one there is this run. Raises InputError if it is not."""
+    """Creates the run folder, or checks that the one there is this run."""
     file, inputs = folder / "config.json", fingerprints(config)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out {folder} should be a folder, found a file")
@@ -213,7 +212,7 @@ def open_run(folder: Path, config: dict, resume: bool) -> None:
         write(folder / "environment.json", json.dumps(environment() | {"inputs": inputs}, indent=2) + "\n")
         write(file, json.dumps(config, indent=2) + "\n")
         return
-    stored = as_json(file, read_text(file))
+    stored = read_json(file)
     for k in config:
         if k not in NOT_COMPARED and stored.get(k) != config[k]:
             raise InputError(f"{folder} holds a run with another config: {k} is {stored.get(k)!r} there and "
@@ -264,7 +263,7 @@ def environment() -> dict:
 
 def read_environment(run: Path) -> dict:
     """environment.json of a run: `time` of its start in seconds, fingerprints of its `inputs`, ..."""
-    return as_json(run / "environment.json", read_text(run / "environment.json"))
+    return read_json(run / "environment.json")
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------
@@ -301,30 +300,20 @@ def save(run: Path, step: int, model: nn.Module, optimizer: torch.optim.AdamW,
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW, scale: Tensor | None = None) -> int:
     """Restores weights, optimizer state and scale. Each rank reads the rows that it holds, so the number of
     ranks may change. -> the steps the checkpoint was taken after."""
-    state = as_json(folder / "state.json", read_text(folder / "state.json"))
-
-    def fill(target: Tensor, file, name: str) -> Tensor:
-        local, first = local_rows(target)
-        stored = file.get_slice(name)
-        if list(target.shape) != stored.get_shape():
-            raise InputError(f"{folder}: '{name}' has shape {stored.get_shape()}, not {list(target.shape)}")
-        if len(local):  # with more ranks than rows some hold nothing
-            local.copy_(stored[first:first + len(local)])
-        return target
     try:
+        state = read_json(folder / "state.json")
         if scale is not None:
             scale.copy_(torch.tensor(state["scale"], dtype=scale.dtype))
-        with (safe_open(folder / "weights.safetensors", "pt") as weights,
-              safe_open(folder / "optimizer.safetensors", "pt") as moments):
-            for name, p in tuned(model).items():
-                fill(p, weights, name)
-                if state["updates"]:
-                    optimizer.state[p] = {"step": torch.tensor(float(state["updates"]))} | {
-                        key: fill(torch.zeros_like(p), moments, f"{name}.{key}")
-                        for key in ("exp_avg", "exp_avg_sq")}
-    except (SafetensorError, KeyError, OSError) as error:
+        for name, p in tuned(model).items():
+            copy_weight(folder / "weights.safetensors", name, p)
+            if state["updates"]:
+                moments = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+                for key, moment in moments.items():
+                    copy_weight(folder / "optimizer.safetensors", f"{name}.{key}", moment)
+                optimizer.state[p] = {"step": torch.tensor(float(state["updates"]))} | moments
+        return state["step"]
+    except (InputError, KeyError) as error:
         raise InputError(f"{folder} is an incomplete checkpoint: {error}") from None
-    return state["step"]
 
 
 def export(folder: Path, model: nn.Module, tokenizer) -> None:
@@ -385,18 +374,19 @@ def transcript(step: int, prompt, b: int, rollouts, scores, pay: Tensor, thought
     """One rollout, segment by segment, with its potential, return and advantage, and the thought's pay."""
     def number(x):  # JSON has no NaN
         return None if math.isnan(x) else round(float(x), 4)
-    K = len(rollouts.thoughts[b])
+    texts = rollouts.text[b]
+    K = len(texts) - int(rollouts.closed[b])  # segments of the thought
     segments = [{"player": "reasoning", "text": text, "potential": number(scores.potential[b, k + 1]),
-                 "return": number(scores.process[b, k]), "advantage": number(thought[b, k])}
-                for k, text in enumerate(rollouts.thoughts[b])]
+                 "return": number(scores.returns[b, k]), "advantage": number(thought[b, k])}
+                for k, text in enumerate(texts[:K])]
     segments += [{"player": "answer", "text": text, "return": number(scores.answer[b]),
-                  "advantage": number(answer[b])} for text in rollouts.text[b][K:]]
+                  "advantage": number(answer[b])} for text in texts[K:]]
     return dict(step=step, prompt=prompt.prompt, label=prompt.label, kind=prompt.kind,
                 prefill=rollouts.prefill[b], thought_reward=number(pay[b]), segments=segments)
 
 
 def format_transcript(t: dict) -> str:
-    """A transcript for the terminal: thought in blue, answer in green, return and advantage behind it."""
+    """A transcript for the terminal: thought in blue, answer in green, then return and advantage."""
     paint = (lambda code, s: f"\033[{code}m{s}\033[0m") if sys.stdout.isatty() else (lambda code, s: s)
     lines = [paint(1, f"step {t['step']}, {t['kind'] or t['label']}: {t['prompt']}")]
     for s in t["segments"]:

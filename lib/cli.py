@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lib.checkpoint import Diverged, SaveError, flag
-from lib.data import InputError, as_json, read_text
+from lib.data import InputError, read_json
 
 
 def exit_code(program: str, task) -> int:
@@ -38,7 +38,7 @@ def read_flags(arguments: list[str], config: type, description: str, presets: di
 
     A given flag that has a preset changes the defaults to the preset's. --resume takes everything else from
     the run's config.json; "auto" (implied by `torchrun --max-restarts`) only if there is one. out: pattern of
-    the default run folder. Raises InputError."""
+    the default run folder."""
     parser = Parser(prog="sear.py", description=description, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     knobs = {f.name: f for f in fields(config)}
@@ -53,8 +53,7 @@ def read_flags(arguments: list[str], config: type, description: str, presets: di
     if given.get("resume", "auto" if restarts else "") == "auto":
         given["resume"] = given["out"] if Path(given["out"], "config.json").exists() else ""
     if given.get("resume"):
-        file = Path(given["resume"]) / "config.json"
-        stored = as_json(file, read_text(file))
+        stored = read_json(Path(given["resume"]) / "config.json")
         given = {k: v for k, v in stored.items() if k in knobs} | given | {"out": given["resume"]}
     else:
         for preset in presets.keys() & given.keys():

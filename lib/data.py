@@ -1,13 +1,13 @@
-"""Prompt files, and how files are read. Every fault in a user's file is an InputError."""
+"""Prompt files, and how files are read. Every fault in a user's file or flag raises InputError."""
 import csv
 import functools
 import io
 import json
 import re
 import unicodedata
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 
 class InputError(ValueError):
@@ -21,7 +21,7 @@ def expect(ok, where, expected, found):
 
 
 def read_text(path: Path) -> str:
-    """Text of a UTF-8 file without its byte order mark. Raises InputError with the line of a wrong byte."""
+    """Text of a UTF-8 file without its byte order mark."""
     try:
         data = path.read_bytes()
         return data.decode("utf-8").removeprefix("\ufeff")
@@ -33,7 +33,7 @@ def read_text(path: Path) -> str:
 
 
 def as_json(path, text: str, line: int = 1) -> dict:
-    """The JSON object in `text`, which begins on this line of the file. Raises InputError."""
+    """The JSON object in `text`, which begins on this line of the file."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:  # also for 5,000 digits or 1,000 brackets
@@ -42,6 +42,10 @@ def as_json(path, text: str, line: int = 1) -> dict:
         raise InputError(f"{path}:{line} should be a JSON object, found: {found}") from None
     expect(isinstance(value, dict), f"{path}:{line}", "a JSON object", value)
     return value
+
+
+def read_json(path: Path) -> dict:
+    return as_json(path, read_text(path))
 
 
 # ---- rows of .jsonl, .csv and .tsv files -----------------------------------------------------------------
@@ -73,7 +77,7 @@ def read_table(path: Path, text: str, delimiter: str) -> tuple[str, list[str], l
 
 def read_rows(path: Path) -> tuple[str, list[str], list[tuple[str, dict]]]:
     """(where the columns are, columns, [(path:line, row), ...]) of a .jsonl, .csv or .tsv file. The columns
-    of JSONL are the keys of all its objects. Raises InputError."""
+    of JSONL are the keys of all its objects."""
     text, suffix = read_text(path), path.suffix.lower()
     expect(suffix in (".jsonl", ".csv", ".tsv"), path, "a .jsonl, .csv or .tsv file", suffix)
     if suffix != ".jsonl":
@@ -87,19 +91,8 @@ def read_rows(path: Path) -> tuple[str, list[str], list[tuple[str, dict]]]:
     return where, columns, rows
 
 
-def rows_of(path: Path, known: Callable, keys: tuple, optional: tuple = ()):
-    """Yields (path:line, row) of a file, without what is not text. known(where, {column: ""}) raises
-    InputError for unknown columns. `keys` must be texts, `optional` ones if present."""
-    where, columns, rows = read_rows(path)
-    known(where, dict.fromkeys(columns, ""))
-    for where, row in rows:
-        for key in (*keys, *(row.keys() & optional)):
-            expect(isinstance(row.get(key), str), f"{where}: {key}", "a text", row.get(key))
-        yield where, {key: value for key, value in row.items() if isinstance(value, str)}
-
-
 def whole_text(where: str, text) -> str:
-    """The text. Raises InputError if it is blank or holds a lone surrogate, which no log can hold."""
+    """The text, if it is not blank and holds no lone surrogate, which no log can hold."""
     ok = isinstance(text, str) and text.strip() and not re.search("[\ud800-\udfff]", text)
     expect(ok, where, "a text", text)
     return text
@@ -109,17 +102,11 @@ def whole_text(where: str, text) -> str:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One request. label: "harmful" or "harmless"; kind: the category that the file gives it, or ""; file:
-    the name of the --eval-file that it is from, or ""."""
     prompt: str
-    label: str
-    kind: str = ""
-    file: str = ""
-
-
-class Prompts(list):
-    """A list of Prompt. `format` names the layout of their file."""
-    format = ""
+    label: str  # "harmful" or "harmless"
+    kind: str = ""  # category that its file gives it
+    file: str = ""  # name of the --eval-file that it is from
+    format: str = field(default="", compare=False)  # name of its file's layout
 
 
 class Format(NamedTuple):
@@ -179,7 +166,7 @@ RESPONSE = r"response_.*|final_label|.*_agreement"
 
 
 def recognise(where: str, name: str, columns: set[str], rows: list[tuple[str, dict]]) -> Format:
-    """The Format of a file of this name with these columns. Raises InputError."""
+    """The Format of a file of this name with these columns."""
     columns = columns - {"", "index"}
     for known in FORMATS:
         if {*known.columns.split()} <= columns <= {*known.columns.split(), *known.more.split()}:
@@ -209,14 +196,16 @@ def read_prompt(where: str, row: dict, form: Format, label: str) -> Prompt:
     text = whole_text(f"{where}: prompt", text)
     if form.context and row.get(form.context):
         text = whole_text(f"{where}: {form.context}", row[form.context]) + "\n\n---\n\n" + text
-    kinds = [row[column] for column in form.kind.split() if isinstance(row.get(column), str)]
-    return Prompt(text, label or form.meaning.get(cell, form.label), next(filter(None, kinds), ""))
+    kinds = [row[c] for c in form.kind.split() if isinstance(row.get(c), str) and row[c]]
+    kind = kinds[0] if kinds else ""
+    return Prompt(text, label or form.meaning.get(cell, form.label), kind, format=form.name)
 
 
-def load_prompts(path, label: str = "", advice: str = "give --label harmful or --label harmless") -> Prompts:
+def load_prompts(path, label: str = "",
+                 advice: str = "give --label harmful or --label harmless") -> list[Prompt]:
     """Prompts of a .jsonl, .csv or .tsv file of a known format, or with the columns prompt and label.
-    label: "harmful" or "harmless", for all prompts of a file that has no labels. Raises InputError, with the
-    advice if the labels are missing."""
+    label: "harmful" or "harmless", for all prompts of a file that has no labels. advice: what an error
+    about missing labels ends with."""
     path = Path(path)
     where, columns, rows = read_rows(path)
     expect(rows, path, "a file of prompts", "none in it")
@@ -227,16 +216,15 @@ def load_prompts(path, label: str = "", advice: str = "give --label harmful or -
     if not (label or form.label):
         raise InputError(f"{where} should tell which prompts are harmful, found only the columns {columns}; "
                          + advice)
-    prompts = Prompts(read_prompt(line, row, form, label) for line, row in rows)
-    prompts.format = form.name
-    return prompts
+    return [read_prompt(line, row, form, label) for line, row in rows]
 
 
-def describe(path, prompts: Prompts, use: str = "trained") -> str:
+def describe(path, prompts: list[Prompt], use: str = "trained") -> str:
     """What was read, in one line; it warns if all prompts have the same label."""
     harmful = sum(prompt.label == "harmful" for prompt in prompts)
     harmless = len(prompts) - harmful
-    line = f"{path}: {prompts.format}, {len(prompts)} prompts, {harmful} harmful, {harmless} harmless"
+    formats = " + ".join(dict.fromkeys(p.format for p in prompts))
+    line = f"{path}: {formats}, {len(prompts)} prompts, {harmful} harmful, {harmless} harmless"
     missing = "" if harmful and harmless else "harmless" if harmful else "harmful"
     return line + f"; without {missing} prompts the trade-off cannot be {use}" * bool(missing)
 
@@ -251,12 +239,12 @@ INJECTED = ("prefill", "hijack", "hijack-short", "mirror")  # attacks with texts
 def load_injections(name: str) -> dict[str, list[str]]:
     """{attack: texts that it may write into a thought} of a file of attack and text, "" for INJECTIONS. It is
     read once in a process. A text is taken as it is, line breaks included. Raises InputError."""
-    def known(where, columns):
-        expect(columns.keys() == {"attack", "text"}, where, "rows of attack and text", list(columns))
     path, found = Path(name or INJECTIONS), {attack: [] for attack in INJECTED}
-    for where, row in rows_of(path, known, ("attack", "text")):
-        expect(row["attack"] in INJECTED, f"{where}: attack", " or ".join(INJECTED), row["attack"])
-        text = whole_text(f"{where}: text", row["text"])
+    start, columns, rows = read_rows(path)
+    expect({*columns} == {"attack", "text"}, start, "rows of attack and text", columns)
+    for where, row in rows:
+        expect(row.get("attack") in INJECTED, f"{where}: attack", " or ".join(INJECTED), row.get("attack"))
+        text = whole_text(f"{where}: text", row.get("text"))
         expect(not re.search("</?think>", text), f"{where}: text", "free of <think> and </think>", text)
         found[row["attack"]].append(text)
     missing = ", ".join(attack for attack in INJECTED if not found[attack])
@@ -271,14 +259,13 @@ def file_list(names: str) -> list[Path]:
     return [Path(name.strip()) for name in names.split(",")] if names else []
 
 
-def load_eval_files(names: str) -> Prompts:
-    """The prompts of all --eval-file, each of which has its own labels. Raises InputError."""
-    files, found = file_list(names), Prompts()
+def load_eval_files(names: str) -> list[Prompt]:
+    """The prompts of all --eval-file, each of which has its own labels."""
+    files, found = file_list(names), []
     expect(len({f.name for f in files}) == len(files), "--eval-file", "files of different names", names)
     for file in files:
         prompts = load_prompts(file, advice="--label is for --prompts, so add a column label")
         found += [replace(p, file=file.name) for p in prompts]
-        found.format += " + " * bool(found.format) + prompts.format
     return found
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lib.data import InputError, as_json, expect, read_text
+from lib.data import InputError, expect, read_json
 from lib.parallel import local_rows, rank_and_world
 
 PIECE_BYTES = 32 << 20  # of a weight are read at once: what loading needs beside the model's own bytes
@@ -60,8 +60,7 @@ class Config:
 
 
 def parse_config(raw: dict, where: str = "config.json") -> Config:
-    """Config from the parsed config.json, read as transformers reads it. Raises InputError with the key if
-    the network is not supported or two keys disagree."""
+    """Config from the parsed config.json, read as transformers reads it."""
     architecture = (raw.get("architectures") or ["none"])[0]
     family, _, task = architecture.partition("For")
     expect(family in DEFAULTS and task in ("CausalLM", "SequenceClassification"), f"{where}: architecture",
@@ -127,14 +126,13 @@ def attention_windows(keys: dict, family: str, where: str) -> list[int | None]:
 
 
 def read_configs(folder: Path) -> tuple[Config, dict]:
-    """Parsed config.json, and generation_config.json as it is, {} without one. Raises InputError."""
+    """Parsed config.json, and generation_config.json as it is, {} without one."""
     file, generation = folder / "config.json", folder / "generation_config.json"
-    raw = as_json(file, read_text(file))
     try:
-        config = parse_config(raw, str(file))
+        config = parse_config(read_json(file), str(file))
     except (TypeError, AttributeError, KeyError, ZeroDivisionError) as error:  # "2" instead of 2
         raise InputError(f"{file} should be as transformers writes it, found {error!r}") from None
-    return config, as_json(generation, read_text(generation)) if generation.exists() else {}
+    return config, read_json(generation) if generation.exists() else {}
 
 
 def stop_ids(raw: dict, generation: dict) -> list[int]:
@@ -151,7 +149,7 @@ def stop_ids(raw: dict, generation: dict) -> list[int]:
 
 @contextlib.contextmanager
 def open_weights(file: Path):
-    """An open safetensors file. Raises InputError if it cannot be read."""
+    """An open safetensors file."""
     try:
         with safe_open(file, framework="pt") as f:
             yield f
@@ -188,8 +186,7 @@ def pieces(file: Path, name: str, first: int, rows: int) -> Iterator[tuple[int, 
 
 
 def copy_weight(file: Path, name: str, target: Tensor) -> None:
-    """Copies a weight into `target`, of a sharded one the rows of this rank, of one on "meta" nothing. Raises
-    InputError for another shape or for quantized numbers."""
+    """Copies a weight into `target`, of a sharded one the rows of this rank, of one on "meta" nothing."""
     shape, dtype = header(file, name)
     if list(target.shape) != shape:
         raise InputError(f"{file}: weight '{name}' has shape {shape}, config.json asks for "
@@ -202,51 +199,31 @@ def copy_weight(file: Path, name: str, target: Tensor) -> None:
         mine[row:row + len(piece)].copy_(piece)
 
 
-def equal_weights(a: tuple[Path, str], b: tuple[Path, str]) -> bool:
-    """Whether two weights, each given as (file, name), hold the same numbers. Their types may differ."""
-    shape = header(*a)[0]
-    if shape != header(*b)[0]:
-        return False
-    rows = shape[0] if shape else 0
-    pairs = zip(pieces(*a, 0, rows), pieces(*b, 0, rows))
-    return all(torch.equal(x.float(), y.float()) for (_, x), (_, y) in pairs)
-
-
 def tied(files: dict[str, Path]) -> bool:
     """Whether lm_head, if it is stored at all, equals the embedding. It does not where it was trained."""
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    return not {head, embedding} <= files.keys() or equal_weights((files[head], head),
-                                                                  (files[embedding], embedding))
+    names = "lm_head.weight", "model.embed_tokens.weight"
+    if not {*names} <= files.keys():
+        return True
+    shapes = [header(files[name], name)[0] for name in names]
+    pairs = zip(*(pieces(files[name], name, 0, shapes[0][0]) for name in names))
+    return shapes[0] == shapes[1] and all(torch.equal(x.float(), y.float()) for (_, x), (_, y) in pairs)
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
     """{weight name: file that holds it}. As in transformers, model.safetensors counts and not an index beside
-    it, since saving a model as one file may leave an old index behind. Raises InputError if the index's files
-    are all there and hold something else, or if there is an adapter to be merged."""
+    it, since saving a model as one file may leave an old index."""
     adapter = folder / "adapter_config.json"
     if adapter.exists():  # transformers would add it to the weights
         raise InputError(f"{adapter}: adapters are not read; merge this one into the model, with peft's "
                          "merge_and_unload")
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if not index.exists():
+    if whole.exists() or not index.exists():
         return names_in([whole])
-    weights = as_json(index, read_text(index)).get("weight_map")
+    weights = read_json(index).get("weight_map")
     if not isinstance(weights, dict) or not all(isinstance(file, str) for file in weights.values()):
         raise InputError(f"{index}: key 'weight_map' should map weights to files")
-    listed = {name: folder / file for name, file in weights.items()}
-    shards = sorted(set(listed.values()))
-    if whole.exists() and not all(file.exists() for file in shards):
-        return names_in([whole])
-    found = names_in(shards)
-    odd = [name for name, file in listed.items() if found.get(name) != file]
+    found = names_in([folder / file for file in sorted({*weights.values()})])
+    odd = [name for name, file in weights.items() if found.get(name) != folder / file]
     if odd:
         raise InputError(f"{index}: weight '{odd[0]}' should be in {weights[odd[0]]} and in no other file")
-    if whole.exists() and shards != [whole]:
-        both = names_in([whole])
-        odd = sorted(found.keys() ^ both.keys()) or [
-            name for name in found if not equal_weights((found[name], name), (whole, name))]
-        if odd:
-            raise InputError(f"{whole} and the files of {index.name} differ in weight '{odd[0]}'; delete "
-                             "those that are not the model")
-        found = both
     return found

@@ -174,12 +174,6 @@ def patient_group() -> dist.ProcessGroup | None:
     return dist.new_group(backend="gloo", timeout=timedelta(days=30)) if dist.is_initialized() else None
 
 
-def means_over_ranks(sums: dict[str, tuple[float, float]]) -> dict[str, float | None]:
-    """{name: (sum, count)} of this rank -> {name: mean over all ranks}, None if nothing was counted."""
-    table = all_sum(torch.tensor(list(sums.values()), dtype=torch.float64))
-    return {name: s / n if n else None for name, (s, n) in zip(sums, table.tolist())}
-
-
 def tuned(model: nn.Module) -> dict[str, nn.Parameter]:
     """{name: parameter} of what training changes: all, or an adapter's."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}

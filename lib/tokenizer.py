@@ -43,8 +43,7 @@ def compiled(file: str, pattern: str) -> regex.Pattern:
 
 
 def splitters(file: str, spec: dict) -> list[regex.Pattern]:
-    """The regexes of a pre-tokenizer. Each cuts the pieces that the one before leaves, see `cut`. Raises
-    InputError for a pre-tokenizer that does anything else."""
+    """The regexes of a pre-tokenizer. Each cuts the pieces that the one before leaves, see `cut`."""
     steps = spec["pretokenizers"] if spec["type"] == "Sequence" else [spec]
     patterns = []
     for step in steps:
@@ -196,14 +195,13 @@ def named_tokens(config: dict, more: dict) -> tuple[dict, list]:
 
 
 def added_tokens(file: str, spec: dict, config: dict, old: dict, special: list) -> dict[str, dict]:
-    """{content: {"id", "special", ...}} of all added tokens. old: added_tokens.json; special: named_tokens'.
+    """{content: {"id", ...}} of all added tokens. old: added_tokens.json; special: named_tokens'.
     Tokens that tokenizer.json lacks get the next free ids, as in transformers."""
     vocab, added = spec["model"]["vocab"], {t["content"]: t for t in spec.get("added_tokens") or []}
     decoder = config.get("added_tokens_decoder")
     if decoder is None:
         names = [token if isinstance(token, str) else token["content"] for token in special]
-        decoder = {i: {"content": c, "special": c in names, "normalized": c not in names}
-                   for c, i in old.items() if c not in added}
+        decoder = {i: {"content": c, "normalized": c not in names} for c, i in old.items() if c not in added}
     late = [(int(index), decoder[index]) for index in sorted(decoder, key=int)]
     for index, token in late + [(None, token) for token in special]:
         token = {"content": token} if isinstance(token, str) else token
@@ -213,8 +211,7 @@ def added_tokens(file: str, spec: dict, config: dict, old: dict, special: list) 
         free = max(len(vocab), 1 + max((t["id"] for t in added.values()), default=0))
         free = known["id"] if known else vocab.get(token["content"], free)
         expect(index in (None, free), f"{file}: the id of {token['content']!r} elsewhere", free, index)
-        drops = known.get("special") or token.get("special", index is None)
-        added[token["content"]] = known | token | {"id": free, "special": drops}
+        added[token["content"]] = known | token | {"id": free}
     for token in added.values():
         flags = [flag for flag in ("lstrip", "rstrip", "single_word") if token.get(flag)]
         expect(token["content"] and not flags, f"{file}: an added token", f"without {flags}", token)
@@ -268,7 +265,6 @@ class Tokenizer:
         self.added = {content: token["id"] for content, token in added.items()}
         known = {*self.added, *(tag for pair in TAGS for tag in pair if tag in str(self.template))}
         self.tags = next((pair for pair in TAGS if known.issuperset(pair)), TAGS[0])
-        self._special = {token["id"] for token in added.values() if token.get("special")}
         # Plain text must not reach an added token, but for a pad token like "!".
         ordinary = {token: i for token, i in model["vocab"].items() if token not in added or len(token) == 1}
         self._bytes = {}
@@ -293,9 +289,6 @@ class Tokenizer:
         self._raw, self._late = ((g, re.compile(f"({p or '(?!)'})")) for g, p in zip((raw, late), longest))
         expect(not (characters and late), f"{file}: an added token", "without normalized", list(late))
         self._plain = sentencepiece(file, spec) if characters else byte_level(file, spec, ordinary)
-        # SentencePiece's decoders drop the space that encoding puts before the first word.
-        decoders = (spec.get("decoder") or {}).get("decoders", [])
-        self._strip = characters and {"type": "Strip", "content": " ", "start": 1, "stop": 0} in decoders
 
     def encode(self, text: str, special: bool = False, inside: bool = False,
                hidden_by: str = "") -> list[int]:
@@ -328,11 +321,9 @@ class Tokenizer:
         """Bytes of a token, maybe part of a character; b"" for an id without one (padded vocabularies)."""
         return self._bytes.get(int(token), b"")  # int(): a tensor is not equal to a dict key
 
-    def decode(self, ids, skip_special: bool = False) -> str:
-        """Text of ids [T]; invalid UTF-8 is replaced. skip_special drops tokens with special: true."""
-        kept = (token for token in ids if not (skip_special and int(token) in self._special))
-        text = b"".join(map(self.token_bytes, kept)).decode("utf-8", "replace")
-        return text.removeprefix(" ") if self._strip else text
+    def decode(self, ids) -> str:
+        """Text of ids [T]; invalid UTF-8 is replaced. The space that SentencePiece puts first is kept."""
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
 
     @property
     def template(self) -> str | None:
@@ -363,8 +354,7 @@ class Tokenizer:
 
     def chat(self, messages: list[dict], generation_prompt: bool = True, **variables) -> str:
         """The conversation rendered by the template; encode the result with special=True. messages: {"role",
-        "content", ...}, keys with value None are dropped. variables (tools=[...], enable_thinking=False) go
-        to the template. Raises InputError if the template fails."""
+        "content", ...}, keys with value None are dropped. variables: of the template, such as tools=[...]."""
         messages = [{k: value for k, value in message.items() if value is not None} for message in messages]
         variables = {"tools": None, "documents": None, "add_generation_prompt": generation_prompt} | variables
         try:

@@ -52,7 +52,7 @@ def fails(tmp_path, name, content, line, *parts, label=""):
 def test_the_fixtures():
     def read(name):
         prompts = load_prompts(FIXTURES / f"prompts_{name}")
-        return prompts.format, len(prompts), "".join("H" if p.label == "harmful" else "." for p in prompts)
+        return prompts[0].format, len(prompts), "".join("H" if p.label == "harmful" else "." for p in prompts)
 
     assert read("or-bench-hard.csv") == ("OR-Bench", 4, "....")
     assert read("or-bench-toxic.csv") == ("OR-Bench", 3, "HHH")
@@ -493,7 +493,8 @@ def test_bad_files_of_injected_thoughts_are_refused(tmp_path, content, message):
 def test_eval_files_have_their_own_labels_and_names(tmp_path):
     names = f"{FIXTURES / 'prompts_harmbench.csv'}, {FIXTURES / 'prompts_or-bench-hard.csv'}"
     prompts = load_eval_files(names)
-    assert prompts.format == "HarmBench + OR-Bench" and load_eval_files("") == []
+    assert load_eval_files("") == []
+    assert describe(names, prompts).startswith(f"{names}: HarmBench + OR-Bench, 7 prompts, ")
     assert {(p.file, p.label) for p in prompts} == {("prompts_harmbench.csv", "harmful"),
                                                     ("prompts_or-bench-hard.csv", "harmless")}
     bare = written(tmp_path, "bare.jsonl", '{"prompt": "a"}\n')

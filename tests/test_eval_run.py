@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 from test_run import XSTEST, main, same_files, talkative
 
 import evaluate
+import inputs
 import rewards
 import sear
-import warmstart
 from lib import checkpoint
 from lib.data import INJECTED, load_prompts
 
@@ -56,9 +56,9 @@ def test_a_run_trains_on_one_file_and_is_measured_on_others(model, prompts, tmp_
 def test_all_that_is_not_evaluated_is_trained_on(model):
     """No prompt is held out of training beside --eval-file."""
     flags = ["--model", str(model), "--prompts", str(XSTEST), *SHORT]
-    train, test = warmstart.read_inputs(sear.parse([*flags, "--eval-file", str(HARMBENCH)]))
+    train, test = inputs.read_inputs(sear.parse([*flags, "--eval-file", str(HARMBENCH)]))
     assert any(map(evaluate.held_out, train)) and {p.file for p in test} == {HARMBENCH.name}
-    train, test = warmstart.read_inputs(sear.parse(flags))
+    train, test = inputs.read_inputs(sear.parse(flags))
     assert not any(map(evaluate.held_out, train)) and all(map(evaluate.held_out, test))
     assert not {p.prompt for p in train} & {p.prompt for p in test}
 

@@ -10,7 +10,7 @@ from helpers import FIXTURES
 import alchemy.world as alchemy
 import evaluate
 import tables
-from evaluate import attack_text, rate, rates, refused, requests
+from evaluate import attack_text, rates, refused, requests, sum_and_count
 from judges import rules_judge
 from lib import checkpoint
 from lib.data import InputError, Prompt, load_injections, load_prompts
@@ -60,7 +60,7 @@ def test_a_model_that_never_answers_has_no_rates():
     """Not the best corner of the picture: no unsafe answer, no refusal."""
     dead = rates("harmful", [(nan, nan, nan, 1.0, False, 9)] * 3)
     assert (dead["answered"], dead["unsafe"], dead["refusal"], dead["flip"]) == (0.0, None, None, None)
-    assert rate(torch.tensor([nan, nan])) == (0.0, 0)
+    assert sum_and_count(torch.tensor([nan, nan])) == (0.0, 0)
 
 
 def test_what_a_judge_does_not_judge_has_no_rate():

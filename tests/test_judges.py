@@ -491,7 +491,7 @@ def test_verdict_words_with_little_probability_are_an_error(folders, tmp_path, g
     folder = tmp_path / "untrained"
     shutil.copytree(folders / "qwen", folder)
     Transformer.from_scratch(folder, seed=9).save_pretrained(folder)
-    match = (r"untrained: behind 'Safety:' the verdict words have 0\.\d{3} of the probability, 0.5 expected; "
+    match = (r"untrained: after 'Safety:' the verdict words have 0\.\d{3} of the probability, 0.5 expected; "
              r"the likeliest tokens are '.*' 0\.\d{3}(, '.*' 0\.\d{3}){4}")
     with pytest.raises(InputError, match=match):
         read_answers(load_reader(str(folder)), PROMPTS[:1], ["Use kill."])
@@ -646,14 +646,14 @@ ROW = '{"prompt": "a", "response": "b"}\n'
     ("r.jsonl", ROW + '{"prompt": "a"}\n', r"r.jsonl:2 should be a row of prompt and response"),
     ("r.jsonl", ROW + ROW.replace("b", " "), "r.jsonl:2: response should be a text, found ' '"),
     ("r.jsonl", ROW.replace('"b"', "3"), "r.jsonl:1: response should be a text, found 3"),
-    ("r.jsonl", '{"response": "b"}\n', "r.jsonl should be a row of prompt and response"),
+    ("r.jsonl", '{"response": "b"}\n', "r.jsonl:1 should be a row of prompt and response"),
     ("r.jsonl", ROW.replace("b", "\\ud800"), "r.jsonl:1: response should be a text"),
     ("r.jsonl", ROW.replace("}", ', "label": "meh"}'), "r.jsonl:1: label should be 1_full_compl.* 'meh'"),
     ("r.jsonl", ROW.replace("}", ', "label": 1}'), "r.jsonl:1: label should be a text, found 1"),
     ("r.jsonl", "[]\n", "r.jsonl:1 should be a JSON object"),
-    ("r.jsonl", "", "r.jsonl should be a row of prompt and response"),
+    ("r.jsonl", "", "r.jsonl should be a file of responses, found 'none in it'"),
     ("r.csv", "prompt,response\n", "r.csv should be a file of responses, found 'none in it'"),
-    ("r.csv", "prompt,answer\na,b\n", "r.csv:1 should be a row of prompt and response"),
+    ("r.csv", "prompt,answer\na,b\n", "r.csv:2 should be a row of prompt and response"),
     ("r.csv", "prompt,completion\na,b\nc\n", "r.csv:3 should be a record of 2 columns"),
     ("r.csv", "prompt,completion\na,\n", "r.csv:2: response should be a text, found ''"),
     ("r.txt", "x", "a .jsonl, .csv or .tsv file")])

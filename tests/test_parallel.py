@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import alchemy.world as alchemy
+import inputs
 import sear
 import warmstart
 from alchemy.demonstrations import write_folder
@@ -350,7 +351,7 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_has_the_same_bits(start, tm
 # ---- failures --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("where, flags, kept", [
-    (Signal("sear", "load_start", 1), "", []),
+    (Signal("inputs", "load_start", 1), "", []),
     (Signal("sear", "rollout_step", 4), "", ["2"]),
     (Signal("lib.parallel", "gather_full", 60), "--shard yes --save-every 1", [])])  # in the first checkpoint
 def test_a_killed_rank_ends_the_others_with_one_sentence(start, tmp_path, where, flags, kept):
@@ -461,7 +462,7 @@ def test_three_steps_without_a_finite_number_end_the_run(start, tmp_path, world,
     bad = checkpoint.rows(out / "bad_steps.jsonl")  # all rollouts of the steps, from all ranks
     c = sear.parse([str(f) for f in SMALL])
     assert [(row["step"], row["prompt"]) for row in bad] == [
-        (step, p.prompt) for step in range(3) for p in sear.step_prompts(c, [], step) for _ in range(2)]
+        (step, p.prompt) for step in range(3) for p in inputs.step_prompts(c, [], step) for _ in range(2)]
     assert all(row["segments"] for row in bad)
     before = load_file(start / "model.safetensors")
     after = load_file(checkpoint.latest(out) / "weights.safetensors")

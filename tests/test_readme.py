@@ -36,8 +36,8 @@ README = (ROOT / "README.md").read_text()
 PAGES = {"README.md": README} | {f"docs/{p.name}": p.read_text() for p in sorted(ROOT.glob("docs/*.md"))}
 ENVIRONMENT = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
 SHORT = "--steps 2 --prompts-per-step 2 --group-size 2 --eval-prompts 1 --max-new-tokens 12".split()
-ORDER = ("lib tables attention model lora rollout batches alchemy judges rewards evaluate warmstart data "
-         "sear attacks bench").split()  # imports point to the left
+ORDER = ("lib tables attention model lora rollout batches alchemy judges rewards evaluate warmstart inputs "
+         "data sear attacks bench").split()  # imports point to the left
 LAYER = {name: i for i, name in enumerate(ORDER)} | {"kernels": 0}
 SOURCES = [p for p in sorted(ROOT.rglob("*.py"))
            if not any(part in ("tests", "runs") or part[0] == "." for part in p.relative_to(ROOT).parts)]
@@ -110,21 +110,22 @@ def results_block():
 
 READING_ORDER = {
     "sear.py": "knobs, objectives, loss, loop",
-    "rewards.py": "potentials and rewards from verdicts",
+    "rewards.py": "rewards from verdicts",
     "rollout.py": "KV-cached sampling, segments",
     "batches.py": "rollouts packed for the learner",
     "model.py": "Llama, Qwen2, Qwen3, Mistral",
-    "attention.py": "KV cache, packed rows, masks, rotary",
+    "attention.py": "KV cache, masks, rotary",
     "lora.py": "low-rank adapters",
     "evaluate.py": "attacks, rates",
     "attacks.py": "GCG, beam search",
     "tables.py": "tables, pictures",
     "bench.py": "speed, beside TRL",
+    "inputs.py": "flags and files",
     "warmstart.py": "what RL begins from",
     "alchemy/": "the embedded world",
     "judges/": "rules, guards, reward models",
     "data/": "demonstrations",
-    "kernels/": "log-probs without stored logits",
+    "kernels/": "log-probs",
     "lib/": "files, run folder, ranks"}
 
 

@@ -74,14 +74,14 @@ def test_scores_of_well_formed_and_malformed_rollouts(world):
     w = 1 - alchemy.TALK_WEIGHT
     assert close(s.answer, [1.0, 0.0, -1.0, nan, -1.0])  # (4), and (5): cut off, never closed, blank
     assert s.verdict.unsafe.isnan().tolist() == [False, False, True, True, True]  # these are not judged
-    assert close(s.process[0], [w, 0.75 * w, 0.5 * w, 0.25 * w])  # closing tag in the last segment
-    assert close(s.process[1], [0.25 * w, nan, nan, nan])
-    assert close(s.process[2], [-1.0] * 4) and close(s.process[3], [-1.0, -1.0, nan, nan])  # (5)
-    assert close(s.process[4], [-1.0, nan, nan, nan])
+    assert close(s.returns[0], [w, 0.75 * w, 0.5 * w, 0.25 * w])  # closing tag in the last segment
+    assert close(s.returns[1], [0.25 * w, nan, nan, nan])
+    assert close(s.returns[2], [-1.0] * 4) and close(s.returns[3], [-1.0, -1.0, nan, nan])  # (5)
+    assert close(s.returns[4], [-1.0, nan, nan, nan])
     assert s.judge_calls == 2 + 5 + 2 + 5 + 3 + 2  # two answers, and every prefix of a thought
     assert close(s.potential[0], [0, 0.25 * w, 0.5 * w, 0.75 * w, w])
-    assert close(s.reached, [w, 0.25 * w, w, 0.25 * w, 0.25 * w])
-    assert s.segments.tolist() == [4, 1, 4, 2, 1]
+    assert close(s.last_potential, [w, 0.25 * w, w, 0.25 * w, 0.25 * w])
+    assert s.n_segments.tolist() == [4, 1, 4, 2, 1]
     assert s.well_formed.tolist() == [True, True, False, False, False]
 
 
@@ -104,7 +104,7 @@ def test_a_judge_reads_no_tag_and_an_empty_thought_earns_nothing(world):
     score(judge, prompts[:1], injected, 1.0)
     assert read and not any("think" in text for text in read) and "talk\n\n" in read
     s = score(rules_judge(), prompts, r, 1.0)
-    assert s.potential[0].tolist()[:2] == [0.0, 0.0] and s.process[0, 0] == 0
+    assert s.potential[0].tolist()[:2] == [0.0, 0.0] and s.returns[0, 0] == 0
 
 
 def test_on_harmless_prompts_the_players_cooperate(world):
@@ -112,11 +112,11 @@ def test_on_harmless_prompts_the_players_cooperate(world):
     texts = [f"#{CLOSE}\n\n{answer}$" for answer in (alchemy.REFUSAL, right)]
     prompts, r = world_rollouts(world, texts, 2, "harmless")
     s = score(load_judge("alchemy"), prompts, r, 1.0)
-    assert close(s.answer, [0.0, 1.0]) and close(s.past, [0.0, 1.0])
-    assert close(s.process, [[1.0, 0.75, 0.5, 0.25], [2.0, 1.75, 1.5, 1.25]])  # the thought earns it too
+    assert close(s.answer, [0.0, 1.0]) and close(s.tail, [0.0, 1.0])
+    assert close(s.returns, [[1.0, 0.75, 0.5, 0.25], [2.0, 1.75, 1.5, 1.25]])  # the thought earns it too
     prompts, r = world_rollouts(world, texts, 2)  # harmful: the thought earns its progress only
     s = score(load_judge("alchemy"), prompts, r, 1.0)
-    assert close(s.past, [0.0, 0.0]) and torch.equal(s.process[0], s.process[1])
+    assert close(s.tail, [0.0, 0.0]) and torch.equal(s.returns[0], s.returns[1])
 
 
 def test_without_a_potential_the_thought_earns_the_answers_reward(world):
@@ -126,7 +126,7 @@ def test_without_a_potential_the_thought_earns_the_answers_reward(world):
     judge = Judge(verdict, lambda prompts, pieces: torch.full((len(pieces), max(map(len, pieces))), nan))
     prompts, r = world_rollouts(world, ["1#" + CLOSE + "\n\nyes$", "#" + CLOSE + "\n\nno"], 2, "harmless")
     s = score(judge, prompts, r, 1.0)
-    assert close(s.process, [[0.6] * 5, [-1.0] * 4 + [nan]])
+    assert close(s.returns, [[0.6] * 5, [-1.0] * 4 + [nan]])
 
 
 def test_probe_potential_is_what_the_judge_says_of_forced_answers(world):

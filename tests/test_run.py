@@ -11,6 +11,7 @@ from helpers import FIXTURES, run_sear
 from safetensors.torch import load_file, save_file
 
 import evaluate
+import inputs
 import sear
 import warmstart
 from judges import JUDGES
@@ -422,7 +423,7 @@ def test_a_prompt_file_too_small_to_evaluate_is_reported(tmp_path, capsys):
 
 
 def test_tokens_of_attacks_and_probes_are_checked_before_the_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(warmstart, "PROBE_TOKENS", 1000)
+    monkeypatch.setattr(inputs, "PROBE_TOKENS", 1000)
     flags = [*REAL, "--max-new-tokens", "1100", "--model", FIXTURES / "tiny-qwen2", "--prompts", XSTEST,
              "--out", tmp_path / "out"]
     assert main(*flags) == 2 and "under attack 'reset'" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import alchemy.world as alchemy
 import evaluate
+import inputs
 import sear
 from batches import MicroBatch, micro_batch, micro_batches, pack
 from judges import Verdict, load_judge
@@ -48,14 +49,14 @@ def made_scores(potential, answer, harmful, ok=None, gamma=1.0):
     B, K = len(potential), max(map(len, potential)) - 1
     ok = torch.tensor([True] * B if ok is None else ok)
     phi = torch.tensor([p + [nan] * (K + 1 - len(p)) for p in potential])
-    segments = torch.tensor([len(p) - 1 for p in potential])
-    exists = torch.arange(K) < segments[:, None]
+    n_segments = torch.tensor([len(p) - 1 for p in potential])
+    exists = torch.arange(K) < n_segments[:, None]
     answer = torch.tensor(answer)
-    past = torch.where(~harmful & ok, answer, 0.0)
-    process = torch.where(exists & ~ok[:, None], -1.0, process_returns(phi, exists, past, gamma))
+    tail = torch.where(~harmful & ok, answer, 0.0)
+    returns = torch.where(exists & ~ok[:, None], -1.0, process_returns(phi, exists, tail, gamma))
     unsafe = torch.where(ok & harmful, 1 - answer, torch.where(ok, 0.0, nan))
     verdict = Verdict(unsafe, torch.zeros(B), answer)
-    return Scores(torch.where(ok, answer, -1.0), phi, process, past, segments, ok, verdict, 0, 0)
+    return Scores(torch.where(ok, answer, -1.0), phi, returns, tail, n_segments, ok, verdict, 0, 0)
 
 
 # ---- (3) and (6) -----------------------------------------------------------------------------------------
@@ -156,7 +157,7 @@ def test_how_each_credit_spreads_the_pay():
     shared, answer = credited("process-shared", scores, harmful, 4)
     assert close(shared[:, 0], answer) and close(answer, advantages(torch.tensor([2.0, 0.5, 1.0, 1.0]), 4))
     dense, _ = credited("sear", scores, harmful, 4)
-    assert (dense[1, 0] != dense[1, 1]) and (dense[scores.process.isnan()] == 0).all()
+    assert (dense[1, 0] != dense[1, 1]) and (dense[scores.returns.isnan()] == 0).all()
 
 
 def test_gamma_zero_compares_the_progress_of_single_segments():
@@ -433,9 +434,9 @@ def test_training_never_holds_logits_of_the_batch(world, batch):
 def test_prompts_of_a_step_are_shuffled_epochs():
     pool = [f"p{i}" for i in range(10)]
     c = Config(prompts_per_step=4, seed=3)
-    drawn = [p for step in range(5) for p in sear.step_prompts(c, pool, step)]
+    drawn = [p for step in range(5) for p in inputs.step_prompts(c, pool, step)]
     assert sorted(drawn[:10]) == sorted(drawn[10:]) == sorted(pool) and drawn[:10] != drawn[10:] != pool
-    assert sear.step_prompts(Config(prompts_per_step=24), pool, 0)  # more than one epoch in a step
+    assert inputs.step_prompts(Config(prompts_per_step=24), pool, 0)  # more than one epoch in a step
 
 
 def test_a_share_of_the_prompts_gets_an_injected_thought():
@@ -477,13 +478,13 @@ def test_the_judge_of_the_world_pays_a_rollout_as_the_readme_says(world):
     r = made_rollouts(tokenizer, [[1]], [text] * 2, model.stop_ids[0], 2)
     s = score(load_judge("alchemy"), [prompt] * 2, r, 1.0)
     assert s.answer.tolist() == [float(prompt.label == "harmful")] * 2
-    assert s.process[0, 0] == (1 - alchemy.TALK_WEIGHT if prompt.label == "harmful" else 1.0)
+    assert s.returns[0, 0] == (1 - alchemy.TALK_WEIGHT if prompt.label == "harmful" else 1.0)
 
 
 # ---- knobs and the command line --------------------------------------------------------------------------
 
 def test_every_knob_has_a_sentence_and_a_reader():
-    source = "".join((ROOT / f).read_text() for f in ("sear.py", "evaluate.py", "warmstart.py"))
+    source = "".join((ROOT / f).read_text() for f in ("sear.py", "evaluate.py", "inputs.py", "warmstart.py"))
     knobs = dataclasses.fields(Config)
     assert len(knobs) <= 46  # a reader meets them before the algorithm
     for f in knobs:
