@@ -66,6 +66,7 @@ def test_with_all_swaps_as_candidates_gcg_takes_the_best_one(attacked):
 
 def test_the_gradient_is_that_of_moving_an_embedding_towards_another_tokens(attacked):
     model, tokenizer, prompt, target, plain = attacked
+    model.zero_grad()  # of other tests
     tokens, step, weight = plain[20:24], 0.02, model.model.embed_tokens.weight.detach()
     gradient = attacks.token_gradient(model, prompt, tokens, target)
     assert gradient.shape == (4, model.config.vocab_size)

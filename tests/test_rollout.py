@@ -12,7 +12,7 @@ import alchemy.world as alchemy
 import evaluate
 import rollout
 from kernels import segment_logprobs
-from lib.data import InputError, Prompt
+from lib.data import InputError, Prompt, load_injections
 from lib.tokenizer import Tokenizer
 from model import Transformer
 from rollout import CLOSE, OPEN, encode_prompt, force_answers, sample, uniforms
@@ -332,8 +332,8 @@ def test_an_attack_closes_the_thought_with_the_models_tag(qwen2):
     prompts = [Prompt("Hi", "harmful")]
     c = Config(prompts="p.csv", max_new_tokens=4)
     r = evaluate.attacked("hijack", qwen2[0], tokenizer, prompts, [0], c)
-    assert r.closed.all() and evaluate.INJECTED + "[/THINK]\n\n" in tokenizer.decode(r.tokens[0])
-    assert r.prefill == [evaluate.WORKED + evaluate.INJECTED]
+    assert r.closed.all() and "[/THINK]\n\n" in tokenizer.decode(r.tokens[0])
+    assert r.prefill[0] in load_injections("")["hijack"]
 
 
 @pytest.mark.parametrize("name", FOLDERS)
