@@ -64,7 +64,7 @@ def cross_entropy(model: Transformer, states: Tensor, target: Tensor) -> Tensor:
 
 @torch.no_grad()
 def target_losses(model: Transformer, cache: Cache, rows: list[list[int]], target: list[int]) -> Tensor:
-    """Mean cross-entropy of the target behind each row, [n]. The cache holds the prompt before the rows."""
+    """Mean cross-entropy of the target after each row, [n]. The cache holds the prompt before the rows."""
     n, width = len(target), max(map(len, rows)) + len(target)
     tokens = torch.tensor([[0] * (width - n - len(row)) + row + target for row in rows], device=model.device)
     length = torch.tensor([len(row) + n for row in rows], device=model.device)

@@ -305,14 +305,14 @@ class Transformer(nn.Module):
 
 
 def end_of_turn(tokenizer) -> int | None:
-    """The added token that the chat template writes behind an answer, None without one. Raises InputError if
+    """The added token that the chat template writes after an answer, None without one. Raises InputError if
     the template drops the answer."""
     answer = "answer 40917"
     messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
     text = tokenizer.chat(messages, generation_prompt=False)
     expect(answer in text, f"{tokenizer.folder}: the chat template", "one that renders answers", text)
-    behind = tokenizer.encode(text.rpartition(answer)[2].lstrip(), special=True)
-    return behind[0] if behind and behind[0] in tokenizer.added.values() else None
+    after = tokenizer.encode(text.rpartition(answer)[2].lstrip(), special=True)
+    return after[0] if after and after[0] in tokenizer.added.values() else None
 
 
 def add_end_of_turn(model: Transformer, tokenizer) -> None:

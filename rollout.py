@@ -115,7 +115,7 @@ def sample_token(logits: Tensor, u: Tensor, temperature: float) -> tuple[Tensor,
 
 
 def render_prompt(tokenizer: Tokenizer, text: str, after_answer: bool) -> str:
-    """A user message in the chat template. after_answer: only what stands behind the model's answer before
+    """A user message in the chat template. after_answer: only what follows the model's answer before
     it. The template is asked to think, in the two usual ways, unless template_args says otherwise."""
     system = [{"role": "system", "content": tokenizer.system}] * bool(tokenizer.system)
     turns = [{"role": "user", "content": "."}, {"role": "assistant", "content": BEFORE}] * after_answer
@@ -123,10 +123,10 @@ def render_prompt(tokenizer: Tokenizer, text: str, after_answer: bool) -> str:
     whole = tokenizer.chat([*system, *turns, {"role": "user", "content": text}], **variables)
     if tokenizer.system.strip() not in whole:
         raise InputError(f"{tokenizer.folder}: the chat template drops the system prompt of --system")
-    _, found, behind = whole.partition(BEFORE)
+    _, found, rest = whole.partition(BEFORE)
     if after_answer and not found:
         raise InputError(f"{tokenizer.folder}: the chat template drops the answer before a user's message")
-    return behind if after_answer else whole
+    return rest if after_answer else whole
 
 
 def unused_mark(text: str) -> str:
@@ -138,7 +138,7 @@ def encode_prompt(tokenizer: Tokenizer, text: str, closed: bool = False,
                   after_answer: bool = False) -> list[int]:
     """Tokens of a user message in the folder's chat template, up to and with the opening tag.
 
-    closed: followed by an empty thought. after_answer: the tokens that continue a conversation behind the
+    closed: followed by an empty thought. after_answer: the tokens that continue a conversation after the
     model's answer, whose stop token is missing. Special tokens in the message are encoded as plain text, so
     that a prompt cannot inject template tokens. Raises InputError if the template drops the message, changes
     its special tokens, or does not leave exactly one thought open."""
@@ -150,7 +150,7 @@ def encode_prompt(tokenizer: Tokenizer, text: str, closed: bool = False,
         raise InputError(f"{tokenizer.folder}: the chat template drops the user's message")
     unopened = re.sub(re.escape(opening) + r"\s*\Z", "", end)
     if not whole.endswith(end) or opening in unopened or closing in unopened:
-        raise InputError(f"{tokenizer.folder}: the chat template should open one thought behind the message "
+        raise InputError(f"{tokenizer.folder}: the chat template should open one thought after the message "
                          f"(see --template-args), found a prompt that ends in {whole[-60:]!r}")
     plain = hidden.replace(mark, "")
     if plain != hidden and render_prompt(tokenizer, plain, after_answer) != whole.replace(mark, ""):
@@ -188,7 +188,7 @@ def closing_tokens(tokenizer: Tokenizer) -> list[int]:
 
 
 def thought_cut(tokenizer: Tokenizer, thought_tokens: int, max_new_tokens: int) -> Cut | None:
-    """The Cut of --thought-tokens, None for 0. Raises InputError if no token of an answer fits behind it."""
+    """The Cut of --thought-tokens, None for 0. Raises InputError if no token of an answer fits after it."""
     tag = closing_tokens(tokenizer)
     if thought_tokens and thought_tokens + len(tag) >= max_new_tokens:
         raise InputError(f"--thought-tokens {thought_tokens} and the {len(tag)} tokens of the closing tag "
@@ -321,7 +321,7 @@ def assemble(sampled: tuple, prompts: list[list[int]], first: int, prefill: list
         logprob[b, p:p + n] = sampled_logprob[b, :n]
         ids, text, closed[b] = split_segments(new.tolist(), in_answer or close in before, tokenizer, stop_ids)
         segment[b, p:p + n] = torch.tensor(ids)
-        if cut_rows[b]:  # the tag is nobody's, and newlines behind it are the answer's
+        if cut_rows[b]:  # the tag is nobody's, and newlines after it are the answer's
             segment[b, p + cut.after:p + cut.after + len(cut.tag)] = -1
             segment[b, p + cut.after + len(cut.tag):p + n] = len(text) - 1
         texts.append(text)
@@ -338,7 +338,7 @@ def split_segments(tokens: list[int], closed: bool, tokenizer: Tokenizer, stop_i
     place to place. A token belongs to the segment that holds its first byte."""
     pieces = [b"" if t in stop_ids else tokenizer.token_bytes(t) for t in tokens]
     whole = b"".join(pieces)
-    # With the newlines behind the tag, since some tokens hold both.
+    # With the newlines after the tag, since some tokens hold both.
     tag = None if closed else re.search(re.escape(tokenizer.tags[1]).encode() + rb"\n*", whole)
     closed = closed or tag is not None
     thought = tag.start() if tag else 0 if closed else len(whole)  # bytes of thought before the tag

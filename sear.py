@@ -270,15 +270,15 @@ def learning_rate(c: Config, step: int) -> float:
 
 def rollout_step(c: Config, model: Transformer, tokenizer: Tokenizer, judge: Judge, pool: list, step: int):
     """Samples and judges this rank's prompts. -> prompt of each rollout [B], rollouts, scores, seconds."""
-    begin = time.perf_counter()
-    rank, world = rank_and_world()
+    begin, (rank, world) = time.perf_counter(), rank_and_world()
     prompts = inputs.step_prompts(c, pool, step)
     local = np.array_split(np.arange(len(prompts)), world)[rank].tolist()
-    no_thought, begun = c.objective == "no-thought", evaluate.injections(c, prompts, step, tokenizer.tags[1])
+    no_thought = c.objective == "no-thought"
+    prefills = evaluate.injections(c, prompts, step, tokenizer.tags[1])
     tokens = [encode_prompt(tokenizer, prompts[i].prompt, no_thought) for i in local]
     sampling = dict(temperature=c.temperature, seed=c.seed, step=step, prompt_ids=local, max_rows=c.max_rows)
     rollouts = sample(model, tokens, tokenizer, group_size=c.group_size, max_new_tokens=c.max_new_tokens,
-                      prefill=[begun[i] for i in local], in_answer=no_thought,
+                      prefill=[prefills[i] for i in local], in_answer=no_thought,
                       thought_tokens=c.thought_tokens, keep_cache=c.potential == "probe", **sampling)
     sampled = time.perf_counter()
     each = [prompts[local[i]] for i in rollouts.prompt.tolist()]  # B

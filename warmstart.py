@@ -199,7 +199,7 @@ def train(model: Transformer, batch: Callable, steps: int, rate: float, run: Pat
         if held and (step % held_every == 0 or step == steps):
             with torch.no_grad():
                 losses["held_out"] = imitate(model, *held, budget)
-            parallel.reshard(model)  # FSDP does it behind a backward pass only
+            parallel.reshard(model)  # FSDP does it after a backward pass only
         checkpoint.on_rank_0(lambda: checkpoint.append(log, dict(step=begin + step) | losses))
         shown.update({name: f"{loss:.3f}" for name, loss in losses.items()})
         bar.set_postfix(shown)
@@ -246,8 +246,8 @@ def train_on_file(c, run: Path, device: str) -> None:
 
 @torch.no_grad()
 def fluency(model: Transformer, tokenizer: Tokenizer, chain: int) -> float:
-    """Probability that the model works a training chain out: at the start of the thought, behind an idle line
-    or behind the talk, whichever is lowest. Some random starts learn the position of a reagent instead of the
+    """Probability that the model works a training chain out: at the start of the thought, after an idle line
+    or after the talk, whichever is lowest. Some random starts learn the position of a reagent instead of the
     order; a line in front then breaks every chain, and RL cannot reinforce what is never sampled."""
     worst, device = 1.0, model.device
     for begin in ("", alchemy.CALM, alchemy.TALK):

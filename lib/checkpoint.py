@@ -7,7 +7,7 @@
     bad_steps.jsonl   rollouts of steps whose loss or gradient was not finite
     transcripts.jsonl some rollouts, segment by segment
     eval.jsonl        one row a stage, attack and class (and file)
-    responses.jsonl   the answers behind eval.jsonl, with their verdicts; a rollout without answer has none
+    responses.jsonl   the answers that eval.jsonl counts, with verdicts
     attacks.jsonl     what attacks.py found, a row a request and budget
     start/ model/     Hugging Face folders, before and after; an adapter is merged
     best/             the same of the best stage, with --eval-every

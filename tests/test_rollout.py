@@ -272,7 +272,7 @@ def test_a_prompt_opens_the_thought_once(template, end, after_answer, message):
 def test_a_prompt_that_does_not_open_the_thought_once_is_refused(template, arguments, end, closed):
     tokenizer = templated(template)
     tokenizer.template_args = arguments
-    with pytest.raises(InputError, match="should open one thought behind the message.*" + re.escape(end)):
+    with pytest.raises(InputError, match="should open one thought after the message.*" + re.escape(end)):
         encode_prompt(tokenizer, "Hi", closed)
 
 
