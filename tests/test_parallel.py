@@ -344,7 +344,6 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_has_the_same_bits(start, tm
         [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node=2 --max-restarts=1".split(),
          __file__, *map(str, flags_for(start, broken))], capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr
-    assert "lost another rank" in sentence(process.stderr)
     same_bits(whole, broken)
 
 
