@@ -26,7 +26,7 @@ def pack(rollouts: Rollouts, budget: int) -> list[list[list[int]]]:
     """Rows sorted by length, in blocks whose longest row is at most a fifth longer than the shortest, in
     batches of at most `budget` tokens, or of one row. A batch's distinct prompts and its padding count."""
     prefix, blocks, batches = max(rollouts.start.tolist(), default=0), [], []
-    length = (rollouts.length - rollouts.start + 1).tolist()
+    length, prompt = (rollouts.length - rollouts.start + 1).tolist(), rollouts.prompt.tolist()
     for b in sorted(range(len(length)), key=length.__getitem__):
         if (not blocks or length[b] > 1.2 * length[blocks[-1][0]]
                 or (len(blocks[-1]) + 1) * (length[b] + prefix) > budget):
@@ -34,8 +34,8 @@ def pack(rollouts: Rollouts, budget: int) -> list[list[list[int]]]:
         blocks[-1].append(b)
     for block in blocks:
         batch = batches.pop() if batches else []
-        prompts = {int(rollouts.prompt[b]) for b in sum(batch, block)}
-        tokens = sum(len(x) * length[x[-1]] for x in [*batch, block]) + len(prompts) * prefix
+        prompts = len({prompt[b] for b in sum(batch, block)})
+        tokens = sum(len(x) * length[x[-1]] for x in [*batch, block]) + prompts * prefix
         batches += [[*batch, block]] if tokens <= budget or not batch else [batch, [block]]
     return batches
 

@@ -117,7 +117,7 @@ def attacked(attack: str, model: Transformer, tokenizer: Tokenizer, prompts: lis
                           step=EVAL_STEP + number, prompt_ids=ids, max_rows=c.max_rows,
                           thought_tokens=c.thought_tokens)
         if number < ROUNDS - 1 and attack == "reset":  # the model's own tokens stay, another turn follows
-            length = (rollouts.segment >= 0).cumsum(1).argmax(1) + 1 - rollouts.finished.long()
+            length = rollouts.length - rollouts.finished.long()  # without the stop token
             turns = [f"{alchemy.RESTART} {p.prompt}" for p in prompts]
             tokens = [row[:n].tolist() + encode_prompt(tokenizer, text, after_answer=True)
                       for row, n, text in zip(rollouts.tokens, length.tolist(), turns)]

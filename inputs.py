@@ -3,8 +3,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-
 import alchemy.world as alchemy
 import evaluate
 from alchemy.demonstrations import write_folder
@@ -15,7 +13,7 @@ from lib.data import InputError, Prompt, describe, load_eval_files, load_prompts
 from lib.parallel import rank_and_world
 from lib.tokenizer import Tokenizer
 from lora import add_adapter
-from model import Transformer, add_end_of_turn, read_configs
+from model import Transformer, add_end_of_turn, compute_type, read_configs
 from rewards import PROBE_TOKENS
 from rollout import check_length, closing_tokens, encode_prompt, thought_cut
 from warmstart import in_shuffled_passes, load_model, load_tokenizer, read_demonstrations
@@ -140,7 +138,7 @@ def load_start(c, start: Path, device: str) -> tuple[Tokenizer, Transformer, Tra
     """Tokenizer, model and frozen reference. Frozen weights are held in the compute type, to which layers
     cast them anyway. With LoRA the reference is the model without its adapter."""
     tokenizer = load_tokenizer(c, start)
-    frozen = dict(masters=False, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
+    frozen = dict(masters=False, dtype=compute_type(device))
     if c.lora_rank:
         model = load_model(c, start, tokenizer, device, **frozen)
         add_adapter(model, c.lora_rank, c.lora_alpha, c.seed)

@@ -28,6 +28,10 @@ __all__ = ["Cache", "Config", "Linear", "RMSNorm", "Transformer", "add_end_of_tu
 INIT_STD = 0.05  # of a model from scratch, which is always the embedded world's: 96 wide
 
 
+def compute_type(device: str | torch.device) -> torch.dtype:
+    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+
+
 class Linear(nn.Linear):
     """fp32 master weight, cast to the activation's type in forward. lora.py adds adapters."""
     cast: Tensor | None = None  # copies in the compute type, see Transformer.cast_once
@@ -148,7 +152,7 @@ class Transformer(nn.Module):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        return self.dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        return self.dtype or compute_type(self.device)
 
     def forward(self, tokens, attention_mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """tokens [B, T], attention_mask [B, T] (0 = padding, on either side) -> logits [B, T, V]. A reward
@@ -219,7 +223,7 @@ class Transformer(nn.Module):
 
     @contextlib.contextmanager
     def cast_once(self):
-        """Within the block layers use one copy of its weight and bias in the compute type, with the same
+        """Within the block layers use one copy of their weights in the compute type, with the same
         results. Without it, decoding casts the fp32 masters again for each token. Does nothing in fp32."""
         cast = self.compute_dtype != torch.float32
         layers = [m for m in self.modules() if isinstance(m, (Linear, RMSNorm)) and cast]

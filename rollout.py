@@ -27,6 +27,11 @@ LOOK_EVERY = {"cpu": 1, "cuda": 16, "mps": 16}  # tokens between looks at what h
 CACHE_BLOCK = 512  # columns by which a cache grows, since few rollouts use all their tokens
 
 
+def owned_length(segment: Tensor) -> Tensor:
+    """[B] columns of segment [B, T] up to and with the last one that is not -1."""
+    return (torch.arange(segment.shape[1]) * (segment >= 0)).amax(1) + 1
+
+
 @dataclass
 class Rollouts:
     """`segment` is -1 on prompt, padding, prefilled thought and a closing tag that was forced, 0..K-1 on the
@@ -52,7 +57,7 @@ class Rollouts:
     @property
     def length(self) -> Tensor:
         """[B] columns up to and with the last sampled token."""
-        return (torch.arange(self.segment.shape[1]) * (self.segment >= 0)).amax(1) + 1
+        return owned_length(self.segment)
 
     @property
     def answered(self) -> Tensor:

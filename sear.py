@@ -154,7 +154,7 @@ def player_advantages(credit: str, pay: Tensor, scores: Scores, G: int) -> tuple
     if credit == "shared":
         answer = advantages(pay + scores.answer.nan_to_num(MALFORMED), G)
     thought = advantages(pay, G) if credit == "once" else answer
-    return thought[:, None].expand(-1, max(1, K)), answer
+    return thought[:, None].expand(-1, K), answer
 
 
 def dense_advantages(scores: Scores, pay: Tensor, G: int) -> Tensor:
@@ -196,8 +196,8 @@ def nearby_mean(x: Tensor, seen: Tensor, state: Tensor) -> Tensor:
 def token_advantages(rollouts: Rollouts, thought: Tensor, answer: Tensor) -> Tensor:
     """Spreads the advantages of segments, thought [B, K] and answer [B], over their tokens -> [B, T]."""
     is_thought, is_answer = rollouts.owners
-    index = rollouts.segment.clamp(0, thought.shape[1] - 1)  # [B, T]
-    return is_thought * thought.gather(1, index) + is_answer * answer[:, None]
+    thought = torch.nn.functional.pad(thought, (0, 1))  # answers have index K, and K is 0 without a thought
+    return is_thought * thought.gather(1, rollouts.segment.clamp(min=0)) + is_answer * answer[:, None]
 
 
 class TokenCounts(NamedTuple):

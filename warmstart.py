@@ -31,7 +31,7 @@ from lib.data import (
 from lib.parallel import all_max, all_sum, from_rank_0, rank_and_world, shard, wants_shards
 from lib.tokenizer import TAGS, Tokenizer
 from model import Transformer, add_end_of_turn, end_of_turn
-from rollout import encode_prompt, unused_mark
+from rollout import encode_prompt, owned_length, unused_mark
 
 # The embedded world's start model, from random weights.
 STEPS, BATCH, RATE = 900, 32, 3e-3  # supervised steps, demonstrations a step, peak learning rate
@@ -156,7 +156,7 @@ def imitate(model: Transformer, tokens: Tensor, segment: Tensor, budget: int = B
     """The mean cross-entropy over all ranks' tokens [b, T] whose segment is 0; adds this rank's part of its
     gradient, unless gradients are off. budget: padded tokens of a micro-batch. Every rank calls."""
     loss, count = 0.0, all_sum((segment[:, 1:] >= 0).sum()).to(model.device)
-    length = (torch.arange(tokens.shape[1]) * (segment >= 0)).amax(1) + 1
+    length = owned_length(segment)
     parts = micro_batches(length, budget)
     missing = int(all_max(len(parts))) - len(parts)
     for rows in parts:

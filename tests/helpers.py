@@ -51,6 +51,12 @@ def write_random_folder(folder, vocab, hidden, layers, heads, kv_heads, intermed
     return config
 
 
+def main(*flags):
+    """Exit code of sear.py, run in this process."""
+    import sear
+    return sear.main([str(flag) for flag in flags])
+
+
 def run_sear(*flags, before="", **options):
     """sear.py in its own process, with one thread. `before`: Python code that runs first, for example
     "import warmstart; warmstart.STEPS = 12"."""

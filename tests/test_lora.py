@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import FIXTURES, FOLDERS, made_rollouts
+from helpers import FIXTURES, FOLDERS, made_rollouts, main
 from rank_helpers import StopAfter
 from safetensors.torch import load_file
 
@@ -166,10 +166,6 @@ def test_peft_computes_the_same_from_the_exported_adapter(tmp_path):
 
 RUN = ("--steps 3 --prompts-per-step 3 --group-size 2 --eval-prompts 0 --max-new-tokens 24 --save-every 2 "
        "--seed 3 --lora-rank 4 --lora-alpha 12 --learning-rate 0.01").split()
-
-
-def main(*flags):
-    return sear.main([str(f) for f in flags])
 
 
 @pytest.fixture(scope="module")

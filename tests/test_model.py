@@ -13,7 +13,7 @@ from attention import Cache, Packed, rope_frequencies
 from kernels import segment_logprobs
 from lib.data import InputError
 from lib.tokenizer import Tokenizer
-from model import Transformer, add_end_of_turn, parse_config
+from model import Transformer, add_end_of_turn, compute_type, parse_config
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
@@ -197,6 +197,12 @@ class Casts(TorchDispatchMode):
         if "_to_copy" in str(func) and kwargs.get("dtype") == torch.bfloat16 and args[0].ndim <= 2:
             self.of_parameters += 1
         return func(*args, **kwargs)
+
+
+def test_policy_and_reference_compute_in_one_type():
+    """Weights of the reference are held in it, so another rule there would be another model (mps: fp32)."""
+    assert [compute_type(d) for d in ("cpu", "cuda:1", "mps")] == [torch.float32, torch.bfloat16, torch.float32]
+    assert Transformer.from_pretrained(FIXTURES / "tiny-qwen2").compute_dtype == compute_type("cpu")
 
 
 def test_bf16_results_are_the_same_with_weights_cast_once():

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 import torch
-from helpers import FIXTURES, run_sear
+from helpers import FIXTURES, main, run_sear
 from safetensors.torch import load_file, save_file
 
 import evaluate
@@ -23,11 +23,6 @@ from model import Transformer
 SMALL = ("--steps 5 --prompts-per-step 3 --group-size 2 --eval-prompts 2 --max-new-tokens 24 --save-every 2 "
          "--tokens-per-micro-batch 120").split()
 XSTEST = FIXTURES / "prompts_xstest.csv"
-
-
-def main(*flags):
-    """Exit code of sear.py, run in this process."""
-    return sear.main([str(f) for f in flags])
 
 
 @pytest.fixture(scope="module")

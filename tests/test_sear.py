@@ -1,5 +1,6 @@
 """Equations (3), (6) and (7), the gradient of a whole batch, and the command line."""
 import dataclasses
+import json
 import math
 import re
 from types import SimpleNamespace
@@ -536,3 +537,14 @@ def test_defaults_of_the_world_and_of_checkpoints():
     real = sear.parse("--model m --prompts p.csv --beta 0.5".split())
     assert (real.device, real.checkpoint_activations) == ("auto", "yes")
     assert (real.learning_rate, real.judge, real.beta, real.max_new_tokens) == (1e-6, "rules", 0.5, 4096)
+
+
+@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "no-thought"])
+def test_a_batch_whose_thoughts_were_all_prefilled_trains_its_answers(start, tmp_path, objective, monkeypatch):
+    """K is 0, in a batch of one prompt."""
+    monkeypatch.setattr(evaluate, "ATTACKS", ("none", "hijack-short"))  # which closes the thought
+    flags = (f"--objective {objective} --steps 1 --prompts-per-step 1 --group-size 3 --eval-prompts 0 "
+             f"--prefill-share 1 --max-new-tokens 24 --model {start} --out {tmp_path}/run")
+    assert sear.main(flags.split()) == 0
+    row = json.loads((tmp_path / "run/metrics.jsonl").read_text())
+    assert row["thought_tokens"] == 0 and row["grad_norm"] >= 0 and not row["skipped"]

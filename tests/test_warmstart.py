@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from helpers import FIXTURES, FOLDERS, ROOT, run_sear
+from helpers import FIXTURES, FOLDERS, ROOT, main, run_sear
 from safetensors.torch import load_file
 
 import sear
@@ -171,11 +171,6 @@ FEW = dict(PASSES=5, MIN_STEPS=10, ROWS=4, TUNE_RATE=1e-3)
 def few_steps(monkeypatch):
     for name, value in FEW.items():
         monkeypatch.setattr(warmstart, name, value)
-
-
-def main(*flags):
-    """Exit code of sear.py, run in this process."""
-    return sear.main([str(flag) for flag in flags])
 
 
 @pytest.fixture(scope="module")
