@@ -540,7 +540,7 @@ def test_defaults_of_the_world_and_of_checkpoints():
 
 
 @pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "no-thought"])
-def test_a_batch_whose_thoughts_were_all_prefilled_trains_its_answers(start, tmp_path, objective, monkeypatch):
+def test_a_batch_of_prefilled_thoughts_trains_its_answers(start, tmp_path, objective, monkeypatch):
     """K is 0, in a batch of one prompt."""
     monkeypatch.setattr(evaluate, "ATTACKS", ("none", "hijack-short"))  # which closes the thought
     flags = (f"--objective {objective} --steps 1 --prompts-per-step 1 --group-size 3 --eval-prompts 0 "
