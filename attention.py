@@ -1,4 +1,4 @@
-"""What attention needs beside the weights: the KV cache, packed rows, masks, rotary tables.
+"""What attention needs besides the weights: the KV cache, packed rows, masks, rotary tables.
 
 Shapes: B rows, T tokens, H heads, J key/value heads, E head width, S cache columns, U prompts of P columns.
 """

@@ -41,7 +41,7 @@ def pack(rollouts: Rollouts, budget: int) -> list[list[list[int]]]:
 
 
 class MicroBatch(NamedTuple):
-    packed: Packed  # the rows up to their last token but one
+    packed: Packed  # the rows without their last token
     target: Tensor  # [M] next tokens
     owned: Tensor  # [M] bool: which targets a player owns
     logprob: Tensor  # [N], when sampled
@@ -51,8 +51,8 @@ class MicroBatch(NamedTuple):
 
 
 def micro_batch(rollouts: Rollouts, advantage: Tensor, blocks: list[list[int]], device) -> MicroBatch:
-    """The chosen rows of the batch, in blocks of similar length. A row is cut in front of the last token of
-    its prompt, which predicts the first that a player owns; the prompt's other tokens are shared."""
+    """The chosen rows of the batch, in blocks of similar length. A row starts at its prompt's last
+    token, which predicts the first sampled one; the tokens before it are shared."""
     cut, length, rows = rollouts.start - 1, rollouts.length, sum(blocks, [])
     columns = [cut[block, None] + torch.arange(int((length - cut)[block].max())) for block in blocks]
     inside = torch.cat([(column < length[block, None])[:, 1:].flatten()

@@ -20,14 +20,14 @@ from warmstart import in_shuffled_passes, load_model, load_tokenizer, read_demon
 
 
 def read_prompts(c) -> tuple[list[Prompt], list[Prompt]]:
-    """The prompts to train on, and those to evaluate on: of other files, or one in ten. Raises InputError."""
+    """The prompts to train on, and those to evaluate on: of --eval-file, or one in ten. Raises InputError."""
     pool, test = load_prompts(c.prompts, c.label), load_eval_files(c.eval_file)
     lines = [describe(c.prompts, pool)]
     if test:
         train = without(pool, test)
         lines += [describe(c.eval_file, test, "measured"),
-                  f"{len(pool) - len(train)} of {len(pool)} training prompts are in --eval-file too, but for "
-                  "case, white space and punctuation, and are left out of training"]
+                  f"{len(pool) - len(train)} of {len(pool)} training prompts are left out: --eval-file has "
+                  "them too, if case, white space and punctuation do not count"]
     else:
         test = [p for p in pool if evaluate.held_out(p)]
         train = [p for p in pool if not evaluate.held_out(p)]

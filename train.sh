@@ -28,8 +28,8 @@ fi
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000}  # threads that wait soon leave the core to others
 
 # One worker for each GPU, or one on the CPU; sear.py is asked which if there are several GPUs. Signals go to the
-# workers, which finish their step and save. The exit
-# code is that of the first worker that fails; the others then get ten seconds to end by themselves.
+# workers, which finish their step and save. The exit code is that of the first worker that fails; the others then
+# get ten seconds to end by themselves.
 stopped=0
 train() {
     local world port rank code=0 status workers=()

@@ -41,8 +41,8 @@ def test_a_run_trains_on_one_file_and_is_measured_on_others(model, prompts, tmp_
     flags = ["--model", model, "--prompts", prompts, "--eval-file", f"{XSTEST},{HARMBENCH}", *SHORT]
     assert main(*flags, "--prompts-per-step", 3, "--out", out) == 0
     printed = capsys.readouterr()
-    said = ("1 of 4 training prompts are in --eval-file too, but for case, white space and punctuation, and "
-            "are left out of training")
+    said = ("1 of 4 training prompts are left out: --eval-file has them too, if case, white space and "
+            "punctuation do not count")
     assert printed.err.splitlines().count(said) == 1 and "held out" not in printed.err
     rows = checkpoint.rows(out / "eval.jsonl")
     assert {(r["file"], r["class"], r["n"]) for r in rows} == {
