@@ -259,13 +259,22 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return given
 
 
+def load_run(run: Path, name: str = "model") -> tuple[sear.Config, Tokenizer, Transformer]:
+    """Configuration, tokenizer and frozen model of a run folder; name: model or start. Raises InputError."""
+    c, device, folder = sear.parse(["--resume", str(run)]), rank_device("auto"), run / name
+    expect(folder.is_dir(), folder, "the model of a finished run", "no such folder")
+    tokenizer = warmstart.load_tokenizer(c, folder)
+    tokenizer.now = checkpoint.read_environment(run)["time"]
+    model = Transformer.from_pretrained(folder, device).requires_grad_(False)
+    add_end_of_turn(model, tokenizer)
+    return c, tokenizer, model
+
+
 def main(arguments: list[str]) -> int:
     """-> exit code: 0 done, 1 disk, 2 bad input."""
     def run() -> int:
         given = parse(arguments)
-        c, device = sear.parse(["--resume", str(given.run)]), rank_device("auto")
-        folder = given.run / given.model
-        expect(folder.is_dir(), folder, "the model of a finished run", "no such folder")
+        c, tokenizer, model = load_run(given.run, given.model)
         if given.attack != "gcg" and c.prompts:
             raise InputError(f"--attack {given.attack} knows the embedded world only, but {given.run} is a "
                              f"run on {c.prompts}")
@@ -273,11 +282,7 @@ def main(arguments: list[str]) -> int:
         asked = evaluate.requests(test, replace(c, eval_prompts=given.prompts))
         requests = [p for p in asked if p.label == "harmful"][:given.prompts]
         expect(requests, c.prompts, "a file with held-out harmful prompts", "none")
-        tokenizer = warmstart.load_tokenizer(c, folder)
-        tokenizer.now = checkpoint.read_environment(given.run)["time"]
-        model = Transformer.from_pretrained(folder, device).requires_grad_(False)
-        add_end_of_turn(model, tokenizer)
-        judge = inputs.load_judges(c, device, [], requests)[1]
+        judge = inputs.load_judges(c, model.device, [], requests)[1]
         found = search(model, tokenizer, requests, given, c)
         rows = ask(model, tokenizer, judge, requests, found, given, c)
         file = given.run / "attacks.jsonl"

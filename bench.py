@@ -194,7 +194,8 @@ def machine() -> str:
 
 def table(given: argparse.Namespace, scratch: Path) -> str:
     """The machine, the table, and which peers are missing in it."""
-    about, device, c = machine(), rank_device("auto"), sear.Config(max_new_tokens=48, learning_rate=0.0)
+    about, device = machine(), rank_device("auto")
+    c = sear.Config(prompts_per_step=32, max_new_tokens=48, learning_rate=0.0)
     new, rounds, few = (8, 2, 2) if given.quick else (128, 9, 3)
     shape = read_configs(given.model)[0].raw if given.model else QWEN2
     if given.quick:

@@ -9,7 +9,7 @@ from alchemy.demonstrations import write_folder
 from judges import JUDGES, Judge, load_judge
 from judges.guards import read_spec
 from lib import plan, watch
-from lib.data import InputError, Prompt, describe, load_eval_files, load_prompts, without
+from lib.data import InputError, Prompt, describe, expect, load_eval_files, load_prompts, without
 from lib.parallel import rank_and_world
 from lib.tokenizer import Tokenizer
 from lora import add_adapter
@@ -34,6 +34,9 @@ def read_prompts(c) -> tuple[list[Prompt], list[Prompt]]:
         lines[0] += f"; {len(test)} held out"
     if not train:
         raise InputError(f"{c.prompts}: all {len(pool)} prompts are held out for evaluation; add some")
+    labels = {p.label for p in train}
+    expect(not c.harmful_share or len(labels) == 2, f"{c.prompts}: the labels, for --harmful-share,",
+           "harmful and harmless", " and ".join(sorted(labels)))
     if rank_and_world()[0] == 0:
         print("\n".join(lines), file=sys.stderr)
     return train, test
@@ -120,10 +123,18 @@ def memory_plan(c, pool: list[Prompt], requests: list[Prompt]) -> str:
 
 
 def step_prompts(c, pool: list[Prompt], step: int) -> list[Prompt]:
-    """The prompts of a step, for all ranks: shuffled epochs of the file, or the world's requests."""
+    """The prompts of a step, for all ranks: shuffled passes over the file, or the world's requests. With
+    harmful_share, passes over the prompts of each label, in that proportion."""
+    n = c.prompts_per_step
     if not pool:
-        return alchemy.requests(c.prompts_per_step, c.seed, step, length=c.chain)
-    return in_shuffled_passes(pool, c.prompts_per_step, c.seed, step)
+        turns = alchemy.classes(n * step, n, c.harmful_share)
+        return alchemy.requests(n, c.seed, step, length=c.chain, turns=turns)
+    if not c.harmful_share:
+        return in_shuffled_passes(pool, n * step, n, c.seed)
+    first, last = (alchemy.harmful_before(n * s, c.harmful_share) for s in (step, step + 1))
+    parts = (("harmful", first, last - first), ("harmless", n * step - first, n - last + first))
+    return [prompt for label, begin, count in parts
+            for prompt in in_shuffled_passes([p for p in pool if p.label == label], begin, count, c.seed)]
 
 
 def load_judges(c, device: str, pool: list[Prompt], requests: list[Prompt]) -> tuple[Judge, Judge]:

@@ -104,11 +104,12 @@ class Config:
     chain: int = knob(5, "reagents of a request of the embedded world: longer thoughts", low=2, high=14)
     seed: int = knob(1, "seed of the start model, the requests and the sampling", low=0, high=2**31)
     # Sampling
-    steps: int = knob(300, "optimizer steps of RL", low=0)
-    prompts_per_step: int = knob(32, "prompts of one step over all ranks; more means less noise", low=1)
+    steps: int = knob(200, "optimizer steps of RL", low=0)
+    prompts_per_step: int = knob(16, "prompts of one step over all ranks; more means less noise", low=1)
     group_size: int = knob(8, "rollouts of one prompt (G), compared only with each other", low=2)
     max_new_tokens: int = knob(0, "thought and answer; longer is malformed; 0: 37 + 7 a reagent", low=0)
     thought_tokens: int = knob(0, "an open thought is closed by force after so many tokens; 0: never", low=0)
+    harmful_share: float = knob(0.0, "share of harmful prompts in training; 0: as they come", low=0, high=1)
     prefill_share: float = knob(0.0, "share of prompts whose thought starts with an attack", low=0, high=1)
     temperature: float = knob(1.0, "used to sample and to compute the log-probs that are trained", low=1e-3)
     max_rows: int = knob(512, "rollouts decoded at once: bounds the KV cache, changes no result", low=1)
@@ -139,9 +140,9 @@ class Config:
 
 
 # Defaults for real checkpoints, from TARS (arXiv 2507.00971, section 3.3).
-CHECKPOINT_DEFAULTS = dict(device="auto", judge="rules", learning_rate=1e-6, beta=1e-3, temperature=0.6,
-                           max_new_tokens=4096, max_rows=256, tokens_per_micro_batch=16384, eval_prompts=50,
-                           checkpoint_activations="yes")
+CHECKPOINT_DEFAULTS = dict(device="auto", judge="rules", steps=300, prompts_per_step=32, learning_rate=1e-6,
+                           beta=1e-3, temperature=0.6, max_new_tokens=4096, max_rows=256, eval_prompts=50,
+                           tokens_per_micro_batch=16384, checkpoint_activations="yes")
 
 
 # ---- objectives, advantages, loss ------------------------------------------------------------------------
@@ -341,8 +342,7 @@ def train(c: Config, run: Path) -> None:
     checkpoint.same_on_all(asdict(c))
     device, (pool, requests) = on_all_ranks(lambda: (parallel.rank_device(c.device), inputs.read_inputs(c)))
     if c.plan:
-        text = on_all_ranks(lambda: inputs.memory_plan(c, pool, requests))
-        return on_rank_0(lambda: print(text))
+        return on_rank_0(lambda: print(inputs.memory_plan(c, pool, requests)))
     judge, eval_judge = on_all_ranks(lambda: inputs.load_judges(c, device, pool, requests))
     on_rank_0(lambda: checkpoint.open_run(run, asdict(c), bool(c.resume)))
     prepare_start(c, run, device)

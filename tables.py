@@ -1,8 +1,9 @@
-"""Tables and pictures of finished runs, from the rows of eval.jsonl."""
+"""Tables of finished runs, from the rows of eval.jsonl."""
 import math
-import sys
 from pathlib import Path
 from typing import Callable
+
+import numpy as np
 
 from lib import checkpoint
 from lib.data import InputError, read_json
@@ -26,6 +27,9 @@ LINES = (("refuses harmful", "none", "refusal", HARMFUL),
          ("answered", "none", "answered", HARMFUL + HARMLESS))
 # Knobs that may differ between seeds of one experiment.
 SAME = ("seed", "out", "resume", "device", "shard", "model", "eval_every", "log")
+DRAWS = 4000  # of the bootstrap
+STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # t at .975, from one degree of freedom on
+EVERY = 5  # steps that a point of a saved curve is the mean of
 Column = dict[int, list[dict]]  # {seed: rows of eval.jsonl of one stage}
 
 
@@ -33,6 +37,25 @@ def interval(rate: float, n: int, z: float = 1.96) -> tuple[float, float]:
     """Wilson's 95 % interval of a rate measured on n, which is valid at 0 and 1 too."""
     middle, half = rate + z * z / (2 * n), z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
     return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
+
+
+def bootstrap(seeds: list[tuple[float, int]],
+              base: list[tuple[float, int]] | None = None) -> tuple[float, float]:
+    """Hierarchical 95 % interval of a mean over seeds, each (rate, n): seeds are drawn with replacement, then
+    the rate of each from Beta(hits + 1/2, misses + 1/2), which has a width at 0 and 1 too. base: rates of the
+    same seeds, which are taken off; seeds are drawn in pairs. For few seeds the draws are too narrow (three:
+    an 80 % interval), so they are widened as Student's t widens a normal interval."""
+    rng, S = np.random.default_rng(0), len(seeds)
+    chosen = rng.integers(S, size=(DRAWS, S))
+
+    def means(rates: list[tuple[float, int]]) -> np.ndarray:  # [DRAWS]
+        hits, n = np.array([(rate * n, n) for rate, n in rates]).T[:, chosen]
+        return rng.beta(hits + 0.5, n - hits + 0.5).mean(1)
+    drawn = means(seeds) - (means(base) if base else 0.0)
+    middle = sum(rate for rate, _ in seeds) / S - (sum(rate for rate, _ in base) / S if base else 0.0)
+    wide = STUDENT[min(S - 2, len(STUDENT) - 1)] / 1.96 * math.sqrt(S / (S - 1)) if S > 1 else 1.0
+    low, high = middle + wide * (np.quantile(drawn, (0.025, 0.975)) - drawn.mean())
+    return max(low, -1.0 if base else 0.0), min(high, 1.0)
 
 
 def group(row: dict) -> str:
@@ -52,6 +75,12 @@ def find(rows: list[dict], attack: str, name: str, key: str) -> tuple[float, int
         return None
     share = {"answered": 1.0, "explored": 1.0, "flip": (row["explored"] or 0.0) * row["answered"]}
     return row[key], max(1, round(row["n"] * share.get(key, row["answered"])))
+
+
+def mean_rate(rows: list[dict], attack: str, classes: tuple, key: str) -> tuple[float, int] | None:
+    """(mean of a rate over the classes and files that have one, their n in all), None without any."""
+    found = [f for f in (find(rows, attack, name, key) for name in groups(rows, classes)) if f]
+    return (sum(rate for rate, _ in found) / len(found), sum(n for _, n in found)) if found else None
 
 
 def spread(values: list[float], form: str = ".3f") -> str:
@@ -106,19 +135,23 @@ def best_stage(rows: list[dict]) -> str | None:
 
 
 def differences(columns: dict[str, Column]) -> str:
-    """Markdown table of each column less the first, over the seeds that both have. The requests are the same
-    for all columns, so the comparison is paired."""
-    base, *others = (name for name in columns if name != "start")
+    """Markdown table of each column less the first, over the seeds that both have: the mean and its 95 %
+    interval (bootstrap). Start models and requests are the same for both, so seeds are paired."""
+    base, *others = [name for name in columns if name != "start"] or [""]
 
     def cell(column: Column, *what: str) -> str:
         pairs = [(find(column[seed], *what), find(columns[base][seed], *what))
-                 for seed in column.keys() & columns[base].keys()]
-        return spread([a[0] - b[0] for a, b in pairs if a and b], "+.3f")
+                 for seed in sorted(column.keys() & columns[base].keys())]
+        ours, theirs = [a for a, b in pairs if a and b], [b for a, b in pairs if a and b]
+        if not ours:
+            return "–"
+        mean = sum(a[0] - b[0] for a, b in zip(ours, theirs)) / len(ours)
+        return "{:+.3f} [{:+.3f}, {:+.3f}]".format(mean, *bootstrap(ours, theirs))
     return markdown(columns, f"| less {base} |", others, cell)
 
 
 def read_runs(folders: list[Path]) -> list[dict]:
-    """[{name, objective, seed, rows, metrics}] of run folders. The name is the objective, with the knobs that
+    """[{name, objective, seed, rows, curve}] of run folders. The name is the objective, with the knobs that
     differ from the first run of that objective. Raises InputError for an unfinished run, and for two runs of
     one name with the same seed."""
     runs, first, seen = [], {}, {}
@@ -135,8 +168,35 @@ def read_runs(folders: list[Path]) -> list[dict]:
         if (name, seed) in seen:
             raise InputError(f"{seen[name, seed]} and {folder} are one experiment with the same seed")
         seen[name, seed] = folder
-        runs.append(dict(name=name, objective=objective, seed=seed, rows=rows, metrics=metrics))
+        curve = window_means([m["answer_reward"] for m in metrics])
+        runs.append(dict(name=name, objective=objective, seed=seed, rows=rows, curve=curve))
     return runs
+
+
+def window_means(values: list[float]) -> list[float]:
+    """Means over EVERY steps."""
+    windows = [values[i:i + EVERY] for i in range(0, len(values), EVERY)]
+    return [round(sum(w) / len(w), 4) for w in windows]
+
+
+def write_results(runs: list[dict], folder: Path) -> None:
+    """Writes rows.jsonl, the rows of eval.jsonl, and curves.jsonl: answer reward over steps."""
+    named = [(dict(name=run["name"], seed=run["seed"]), run) for run in runs]
+    checkpoint.write_rows(folder / "rows.jsonl", [key | row for key, run in named for row in run["rows"]])
+    checkpoint.write_rows(folder / "curves.jsonl", [
+        key | dict(answer_reward=run["curve"]) for key, run in named])
+
+
+def read_results(folder: Path) -> list[dict]:
+    """What read_runs gave, from the files of write_results."""
+    curves = {(row["name"], row["seed"]): row["answer_reward"]
+              for row in checkpoint.rows(folder / "curves.jsonl")}
+    runs: dict[tuple, dict] = {}
+    for row in checkpoint.rows(folder / "rows.jsonl"):
+        key = name, seed = row.pop("name"), row.pop("seed")
+        run = dict(name=name, objective=name.split()[0], seed=seed, rows=[], curve=curves.get(key, []))
+        runs.setdefault(key, run)["rows"].append(row)
+    return list(runs.values())
 
 
 def experiment(folder: Path, config: dict) -> dict:
@@ -156,55 +216,3 @@ def columns_of(runs: list[dict]) -> dict[str, Column]:
             columns["start"].setdefault(run["seed"], [r for r in run["rows"] if r["stage"] == "before"])
         columns.setdefault(run["name"], {})[run["seed"]] = [r for r in run["rows"] if r["stage"] == "after"]
     return columns
-
-
-# ---- pictures --------------------------------------------------------------------------------------------
-
-def draw_pictures(runs: list[dict], folder: Path) -> list[Path]:
-    """Writes tradeoff.png and curves.png if matplotlib is installed, a point or a line for each seed.
-    -> the files written."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        print("no pictures: matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
-        return []
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "savefig.dpi": 110, "legend.frameon": False,
-                         "legend.fontsize": 8})
-    names = list(dict.fromkeys(run["name"] for run in runs))
-    style = {name: dict(color=f"C{i % 10}", marker="osv^Dphx*+"[i % 10]) for i, name in enumerate(names)}
-    keys = [plt.Line2D([], [], ls="", label=name, **style[name]) for name in names]
-    hard = "ambiguous" if any(r["class"] == "ambiguous" for r in runs[0]["rows"]) else "harmless"
-
-    def mean(run: dict, attack: str, classes: tuple, key: str) -> float | None:
-        after = [r for r in run["rows"] if r["stage"] == "after"]
-        found = [f[0] for f in (find(after, attack, name, key) for name in groups(after, classes)) if f]
-        return sum(found) / len(found) if found else None
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), sharey=True)
-    for axis, attack in zip(axes, ("none", "prefill", "hijack")):
-        for run in runs:
-            x, y = mean(run, "none", (hard,), "refusal"), mean(run, attack, HARMFUL, "unsafe")
-            if x is not None and y is not None:  # prompts of one label only have no trade-off
-                axis.plot(x, y, ls="", alpha=0.8, **style[run["name"]])
-        axis.set(title=f"attack: {attack}", xlabel=f"refuses {hard} requests", xlim=(-0.03, 1.03),
-                 ylim=(-0.03, 1.03))
-    axes[0].set_ylabel("unsafe answers to harmful requests")
-    axes[0].legend(handles=keys)
-    files = [folder / "tradeoff.png", folder / "curves.png"]
-    figure.tight_layout()
-    figure.savefig(files[0])
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8))
-    titles = {"answer_reward": "reward of the answer player", "potential": "potential of the thought",
-              "over_refusal": "refuses harmless requests"}
-    for axis, (key, title) in zip(axes, titles.items()):
-        for run in runs:
-            values = [m[key] for m in run["metrics"] if m[key] is not None]
-            windows = [values[max(0, i - 9):i + 1] for i in range(len(values))]
-            smooth = [sum(w) / len(w) for w in windows]
-            axis.plot(smooth, color=style[run["name"]]["color"], alpha=0.8, lw=1.2)
-        axis.set(title=title, xlabel="step (mean of ten)", ylim=(-0.03, 1.03))
-    axes[0].legend(handles=keys)
-    figure.tight_layout()
-    figure.savefig(files[1])
-    return files

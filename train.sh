@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # ./train.sh [flags of sear.py]   set-up on the first call, then training; with --prompts on every GPU of this machine
 # ./train.sh test [flags of pytest]   set-up, then ruff and the tests
-# ./train.sh ablations [flags]    every objective, three seeds each, then the table and the pictures
+# ./train.sh ablations [flags]    all experiments, a run on each core; experiments/ablations.py --help
 #
 # PYTHON=/path/to/python ./train.sh   uses this interpreter if it has the packages
 set -euo pipefail
@@ -30,7 +30,6 @@ export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000}  # threads that wait soon leave t
 # One worker for each GPU, or one on the CPU; sear.py is asked which if there are several GPUs. Signals go to the
 # workers, which finish their step and save. The exit code is that of the first worker that fails; the others then
 # get ten seconds to end by themselves.
-stopped=0
 train() {
     local world port rank code=0 status workers=()
     world=$(PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} "$python" -c 'import sys, torch
@@ -48,8 +47,8 @@ print(max(1, found))' "$@" 2>/dev/null | tail -n 1) || true
         workers+=($!)
     done
     set +m
-    trap 'stopped=1; kill -TERM "${workers[@]}" 2>/dev/null || true' TERM
-    trap 'stopped=1; kill -INT "${workers[@]}" 2>/dev/null || true' INT
+    trap 'kill -TERM "${workers[@]}" 2>/dev/null || true' TERM
+    trap 'kill -INT "${workers[@]}" 2>/dev/null || true' INT
     local worker running=1
     while [ "$running" = 1 ]; do
         sleep 0.2
@@ -75,20 +74,7 @@ test)
     ;;
 ablations)
     shift
-    runs=()
-    for seed in 1 2 3; do
-        for objective in sear process-once process-shared probe competing-outcome outcome safe-thought no-thought; do
-            run=runs/ablations/$objective-seed$seed
-            runs+=("$run")
-            flags=(--objective "$objective" --seed "$seed" "$@")
-            # all objectives of a seed share its start model
-            [ "$objective" = sear ] || flags+=(--model "runs/ablations/sear-seed$seed/start")
-            if [ -e "$run/config.json" ]; then flags+=(--resume "$run"); else flags+=(--out "$run"); fi
-            train "${flags[@]}"
-            [ "$stopped" = 0 ] || exit 0
-        done
-    done
-    "$python" "$here/evaluate.py" "${runs[@]}"
+    PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} exec "$python" -m experiments.ablations "$@"
     ;;
 *)
     train "$@"

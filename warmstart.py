@@ -44,9 +44,9 @@ PASSES, MIN_STEPS, ROWS, TUNE_RATE = 2, 90, 16, 5e-5
 
 # ---- a folder's model --------------------------------------------------------------------------------------
 
-def in_shuffled_passes(items: list, n: int, seed: int, step: int) -> list:
-    """The n items of a step; each pass over them has its own order."""
-    places = [divmod(i, len(items)) for i in range(step * n, (step + 1) * n)]  # (pass, place in its order)
+def in_shuffled_passes(items: list, first: int, n: int, seed: int) -> list:
+    """Items number first to first + n of endless passes over them; each pass has its own order."""
+    places = [divmod(i, len(items)) for i in range(first, first + n)]  # (pass, place in its order)
     order = {e: np.random.default_rng([seed, e]).permutation(len(items)) for e, _ in places}
     return [items[order[e][i]] for e, i in places]
 
@@ -234,7 +234,7 @@ def train_on_file(c, run: Path, device: str) -> None:
     size = min(ROWS, max(1, PASSES * len(rows) // MIN_STEPS))
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
-        chosen = in_shuffled_passes(rows, size, c.seed, step)
+        chosen = in_shuffled_passes(rows, step * size, size, c.seed)
         return pad([chosen[i] for i in np.array_split(np.arange(size), world)[rank]])
     train(model, batch, math.ceil(PASSES * len(rows) / size), TUNE_RATE, run,
           c.tokens_per_micro_batch, c.save_every, held=pad(held[rank::world]),

@@ -86,11 +86,30 @@ def draw_chain(rng: np.random.Generator, cls: str, evaluation: bool, length: int
             return chain
 
 
-def requests(n: int, *counters: int, evaluation: bool = False, length: int = 5) -> list[Prompt]:
-    """n requests of `length` reagents, the classes in turn. The counters (seed, step, ...) determine them."""
+def classes(first: int, n: int, harmful_share: float = 0.0) -> list[str]:
+    """Classes of requests number first to first + n: MIX in turn, or so many of them harmful, with the hint
+    word right as often as in MIX."""
+    numbers = range(first, first + n)
+    if not harmful_share:
+        return [MIX[i % len(MIX)] for i in numbers]
+    sides = [[name for name in MIX if (name in ("harmful", "covert")) == side] for side in (False, True)]
+    before = [harmful_before(i, harmful_share) for i in (*numbers, first + n)]
+    places = [(after > b, b if after > b else i - b) for i, b, after in zip(numbers, before, before[1:])]
+    return [sides[harmful][k % len(sides[harmful])] for harmful, k in places]
+
+
+def harmful_before(i: int, harmful_share: float) -> int:
+    """How many of the first i prompts are harmful."""
+    return int(i * harmful_share + 1e-9)
+
+
+def requests(n: int, *counters: int, evaluation: bool = False, length: int = 5,
+             turns: list[str] | None = None) -> list[Prompt]:
+    """n requests of `length` reagents. Their classes come in turn: those of `turns`, default CLASSES for
+    evaluation, else MIX. The counters (seed, step, ...) determine the rest."""
     rng = np.random.default_rng([int(evaluation), *counters])
-    classes = CLASSES if evaluation else MIX
-    return [request(draw_chain(rng, classes[i % len(classes)], evaluation, length)) for i in range(n)]
+    turns = turns or (CLASSES if evaluation else MIX)
+    return [request(draw_chain(rng, turns[i % len(turns)], evaluation, length)) for i in range(n)]
 
 
 def worked_lines(chain: list[str], steps: int | None = None) -> list[str]:

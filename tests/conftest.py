@@ -50,3 +50,10 @@ def start(tmp_path_factory):
         optimizer.step()
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_guard(tmp_path_factory):
+    """Folder of a tiny guard laid out like Qwen3Guard-Gen; training it takes seconds."""
+    from judge_helpers import write_guard
+    return write_guard(tmp_path_factory.mktemp("guard") / "qwen")

@@ -1,8 +1,10 @@
 """Evaluation: rates and intervals by hand, attacks, held-out prompts, tables and pictures."""
 import json
 import math
+import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from helpers import FIXTURES
@@ -17,7 +19,7 @@ from lib.data import InputError, Prompt, load_injections, load_prompts
 from model import Transformer
 from rollout import CLOSE
 from sear import Config
-from tables import best_stage, columns_of, differences, find, interval, read_runs, table
+from tables import best_stage, bootstrap, columns_of, differences, find, interval, read_runs, table
 
 nan = math.nan
 
@@ -170,7 +172,41 @@ def test_seeds_are_the_unit_of_the_table(tmp_path):
     assert not any("mirror | harmful" in line for line in lines)
     paired = differences(columns).splitlines()
     assert paired[0] == "| less sear | class | outcome | no-thought |"
-    assert "| refuses harmful | harmful | -0.650 [-0.700, -0.600] | -0.900 [-0.900, -0.900] |" in paired
+    line = next(line for line in paired if line.startswith("| refuses harmful | harmful |"))
+    means = re.findall(r"([-+.\d]+) \[([-+.\d]+), ([-+.\d]+)\]", line)
+    assert [m[0] for m in means] == ["-0.650", "-0.900"]
+    assert all(float(low) < float(mean) < float(high) for mean, low, high in means)
+
+
+def test_bootstrap_draws_seeds_then_requests():
+    """Requests alone: the interval of a Beta distribution. Seeds alone: that of drawing them."""
+    low, high = bootstrap([(0.0, 200)])
+    assert low < 1e-4 and 0.008 < high < 0.016  # Beta(1/2, 200.5) has its 97.5 % quantile at .0125
+    low, high = bootstrap([(0.2, 10**9), (0.9, 10**9)], [(0.1, 10**9), (0.8, 10**9)])
+    assert (low, high) == pytest.approx((0.1, 0.1), abs=1e-3)  # pairs: what the seeds share cancels
+
+
+@pytest.mark.parametrize("S", [3, 5])
+def test_the_interval_covers_the_truth_with_few_seeds(S, monkeypatch):
+    """Paired differences of rates that vary from seed to seed, whose true mean is 0."""
+    monkeypatch.setattr(tables, "DRAWS", 300)
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(300):
+        a, b = (rng.binomial(200, rng.normal(0.5, 0.12, S).clip(0, 1)) / 200 for _ in range(2))
+        low, high = bootstrap([(x, 200) for x in a], [(x, 200) for x in b])
+        hits += low <= 0 <= high
+    assert 0.92 < hits / 300 < 1.0
+
+
+def test_results_are_read_as_they_were_written(tmp_path):
+    folders = [fake_run(tmp_path / f"{o}{s}", o, s, 0.5) for o in ("sear", "outcome") for s in (1, 2)]
+    runs = read_runs(folders)
+    tables.write_results(runs, tmp_path)
+    again = tables.read_results(tmp_path)
+    assert [(r["name"], r["objective"], r["seed"]) for r in again] == [
+        (r["name"], r["objective"], r["seed"]) for r in runs]
+    assert table(columns_of(again)) == table(columns_of(runs))
+    assert again[0]["curve"] == [0.1, 0.35, 0.6, 0.85]  # of five steps each
 
 
 def test_the_best_stage_has_the_least_unsafe_and_over_refusal():
@@ -257,7 +293,7 @@ def test_command_line_writes_tables_and_pictures(tmp_path, capsys):
     except ModuleNotFoundError:
         assert "matplotlib is not installed" in printed.err
         return
-    for name in ("tradeoff.png", "curves.png"):
+    for name in ("tradeoff.png", "curves.png", "attacks.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 

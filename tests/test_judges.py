@@ -28,9 +28,9 @@ HARMBENCH = "harmbench.json"
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+def folders(tiny_guard, tmp_path_factory):
     root = tmp_path_factory.mktemp("judges")
-    write_guard(root / "qwen")
+    shutil.copytree(tiny_guard, root / "qwen")
     write_guard(root / "llama", "tiny-llama3", judge_helpers.LLAMA_GUARD)
     shutil.copytree(root / "llama", root / "llama-8b")
     (root / "llama-8b/chat_template.jinja").write_text(judge_helpers.LLAMA_GUARD_8B)

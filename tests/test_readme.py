@@ -1,24 +1,21 @@
-"""README and docs: commands run, numbers are those of the code, files exist. Also the house rules.
-
-python tests/test_readme.py writes the generated blocks of README.md again.
-"""
+"""README and docs: commands run, numbers are those of the code, files exist. Also the house rules."""
 import ast
 import inspect
 import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
-from statistics import mean
 
 import pytest
 import torch
-from helpers import ROOT, ranks_table
+from helpers import FIXTURES, ROOT, ranks_table
 
 import alchemy.world as alchemy
 import attacks
@@ -27,7 +24,8 @@ import evaluate
 import judges
 import rewards
 import sear
-import tables
+import warmstart
+from experiments import measure, report
 from judges import guards
 from lib import checkpoint, parallel
 from lib.data import Prompt
@@ -35,137 +33,31 @@ from lib.data import Prompt
 README = (ROOT / "README.md").read_text()
 PAGES = {"README.md": README} | {f"docs/{p.name}": p.read_text() for p in sorted(ROOT.glob("docs/*.md"))}
 ENVIRONMENT = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-SHORT = "--steps 2 --prompts-per-step 2 --group-size 2 --eval-prompts 1 --max-new-tokens 12".split()
-ORDER = ("lib tables attention model lora rollout batches alchemy judges rewards evaluate warmstart inputs "
-         "data sear attacks bench").split()  # imports point to the left
+SHORT = "--steps 1 --prompts-per-step 2 --group-size 2 --eval-prompts 1 --max-new-tokens 12".split()
+ORDER = ("lib tables pictures attention model lora rollout batches alchemy judges rewards evaluate "
+         "warmstart inputs data sear attacks bench experiments").split()  # imports point to the left
 LAYER = {name: i for i, name in enumerate(ORDER)} | {"kernels": 0}
 SOURCES = [p for p in sorted(ROOT.rglob("*.py"))
            if not any(part in ("tests", "runs") or part[0] == "." for part in p.relative_to(ROOT).parts)]
 
 
-# ---- generated blocks of the README ----------------------------------------------------------------------
-
-def saved_runs(folder="results"):
-    """{(name, seed): run}, as evaluate.read_runs gives them, from the rows in the repository."""
-    runs = {}
-    for row in checkpoint.rows(ROOT / folder / "rows.jsonl"):
-        key = row["name"], row["seed"]
-        run = dict(name=key[0], objective=key[0].split()[0], seed=key[1], rows=[], metrics=[])
-        runs.setdefault(key, run)["rows"].append(row)
-    return runs
+GENERATED = [(page, name) for page, blocks in report.BLOCKS.items() for name in blocks]
 
 
-def output_block():
-    """What the default run prints at its end, cut to three lines."""
-    lines = evaluate.table(evaluate.columns_of([saved_runs()["sear", 1]])).splitlines()
-    kept = ("refuses harmful | harmful", "(over-refusal) | ambiguous", "unsafe under hijack | harmful")
-    return "\n".join(["```", lines[0], *(line for line in lines if any(k in line for k in kept)), "```"])
+# ---- generated blocks ------------------------------------------------------------------------------------
 
-
-def rollout_block():
-    """A rollout of the last step of a default run, with the potentials and returns that the code gives it."""
-    prompt = alchemy.request("wax moss chalk reed arsenic".split())
-    thought = [*alchemy.worked_lines(alchemy.chain_of(prompt.prompt)), alchemy.TALK]
-    potential = judges.alchemy_judge().potential([prompt], [["", *thought]])  # [1, K + 1]
-    exists = torch.ones(1, len(thought), dtype=torch.bool)
-    returns = rewards.process_returns(potential, exists, torch.zeros(1), sear.Config.gamma)[0].tolist()
-    phi = potential[0].tolist()
-    lines = [f"{prompt.prompt:43s}Φ    r    R"]
-    for k, text in enumerate(thought):
-        numbers = f"{phi[k + 1]:.2f} {phi[k + 1] - phi[k]:.2f} {returns[k]:.2f}"
-        lines.append(f"z{k + 1} {text.strip():38s} {numbers}")
-    verdict = judges.alchemy_judge().verdict([prompt], [""], [alchemy.REFUSAL])
-    reward = rewards.answer_reward(verdict, torch.tensor([prompt.label == "harmful"])).item()
-    return "\n".join(["```", *lines, f"a  {alchemy.REFUSAL:49s}{reward:.2f}", "```"])
-
-
-RESULTS = (  # title, attack, rate, classes
-    ("refuses harmful", "none", "refusal", tables.HARMFUL),
-    ("over-refuses ambiguous", "none", "refusal", ("ambiguous",)),
-    ("helps with harmless", "none", "helpful", tables.HARMLESS),
-    ("explores harmful", "none", "explored", tables.HARMFUL),
-    *((f"unsafe, {attack}", attack, "unsafe", tables.HARMFUL)
-      for attack in ("prefill", "hijack", "hijack-short")))
-
-
-SHOWN = ("start", "sear", "sear prefill_share=0.25", "outcome", "competing-outcome", "probe")
-
-
-def results_block():
-    """Markdown table in percent: mean [min, max] over the seeds, the rate alone of a single one."""
-    columns = evaluate.columns_of(list(saved_runs().values()))
-    chosen = {name: columns[name] for name in SHOWN}
-    lines = ["| | " + " | ".join(f"{name} ({len(c)})" for name, c in chosen.items()) + " |",
-             "|---|" + "---|" * len(chosen)]
-    for title, attack, rate, classes in RESULTS:
-        cells = []
-        for column in chosen.values():
-            seeds = [100 * mean(tables.find(rows, attack, name, rate)[0] for name in classes)
-                     for rows in column.values()]
-            ends = f" [{min(seeds):.0f}, {max(seeds):.0f}]" if len(seeds) > 1 else ""
-            cells.append(f"{mean(seeds):.0f}{ends}")
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-READING_ORDER = {
-    "sear.py": "knobs, objectives, loss, loop",
-    "rewards.py": "rewards from verdicts",
-    "rollout.py": "KV-cached sampling, segments",
-    "batches.py": "rollouts packed for the learner",
-    "model.py": "Llama, Qwen2, Qwen3, Mistral",
-    "attention.py": "KV cache, masks, rotary",
-    "lora.py": "low-rank adapters",
-    "evaluate.py": "attacks, rates",
-    "attacks.py": "GCG, beam search",
-    "tables.py": "tables, pictures",
-    "bench.py": "speed, beside TRL",
-    "inputs.py": "flags and files",
-    "warmstart.py": "what RL begins from",
-    "alchemy/": "the embedded world",
-    "judges/": "rules, guards, reward models",
-    "data/": "demonstrations",
-    "kernels/": "log-probs",
-    "lib/": "files, run folder, ranks"}
-
-
-def lines_of(name):
-    path = ROOT / name
-    return sum(p.read_text().count("\n") for p in (path.glob("*.py") if path.is_dir() else [path]))
-
-
-def sizes_block():
-    lines = [f"{name:13s}{round(lines_of(name), -1):5d}  {what}" for name, what in READING_ORDER.items()]
-    return "\n".join(["```", *lines, "```"])
-
-
-BLOCKS = {"output": output_block, "rollout": rollout_block, "results": results_block, "sizes": sizes_block}
-
-
-def block(name, text=README):
-    return re.search(rf"<!-- {name} -->\n(.*?)\n?<!-- /{name} -->", text, re.S)[1]
-
-
-def write_blocks():
-    text = README
-    for name, make in BLOCKS.items():
-        head, _, rest = text.partition(f"<!-- {name} -->\n")
-        text = f"{head}<!-- {name} -->\n{make()}\n<!-- /{name} -->{rest.partition(f'<!-- /{name} -->')[2]}"
-    (ROOT / "README.md").write_text(text)
-
-
-@pytest.mark.parametrize("name", BLOCKS)
-def test_generated_blocks_of_the_readme(name):
-    """On a difference: python tests/test_readme.py. A size may be off by a tenth."""
-    found, made = block(name), BLOCKS[name]()
+@pytest.mark.parametrize("page, name", GENERATED)
+def test_generated_blocks(page, name):
+    """On a difference: python -m experiments.report. A size may be off by a tenth."""
+    found, made = report.block(page, name)[1], report.BLOCKS[page][name]()
     if name != "sizes":
         assert found == made
         return
     for old, new in zip(found.splitlines()[1:-1], made.splitlines()[1:-1], strict=True):
         (old_name, old_size, *old_text), (new_name, _, *new_text) = old.split(), new.split()
         assert (old_name, old_text) == (new_name, new_text)
-        assert int(old_size) == pytest.approx(lines_of(old_name), rel=0.1), old_name
-    listed = {ROOT / name for name in READING_ORDER}
+        assert int(old_size) == pytest.approx(report.lines_of(old_name), rel=0.1), old_name
+    listed = {ROOT / name for name in report.READING_ORDER}
     assert all(source in listed or source.parent in listed for source in SOURCES)
 
 
@@ -188,38 +80,76 @@ def commands(text):
                 words = words[end + 1:]
 
 
-def check_command(words, capsys):
-    """Runs the parser that the command would reach. -> what kind of command it is."""
-    scripts = [w for w in words if w.endswith(".py") or w == "./train.sh"]
-    if words[:2] == ["pip", "install"]:
-        assert "-r" not in words or (ROOT / words[words.index("-r") + 1]).exists()
-        return "pip"
-    script, flags = scripts[0], words[words.index(scripts[0]) + 1:]
-    assert (ROOT / script).exists(), words
-    if script == "./train.sh" and flags[:1] in (["test"], ["ablations"]):
-        return flags[0]
-    if script in ("./train.sh", "sear.py"):
-        resumed = flags[flags.index("--resume") + 1] if "--resume" in flags else "auto"
-        if resumed != "auto":
-            checkpoint.write(Path(resumed, "config.json"), json.dumps(asdict(sear.Config())))
-        sear.parse(flags)
-    elif script == "rewards.py":
-        rewards.parse(flags)
-    elif script == "bench.py":
-        bench.parse(flags)
-    elif script == "evaluate.py":  # its parser took the flags if a file is what it misses
-        assert evaluate.main(flags) == 2 and "config.json" in capsys.readouterr().err
-    elif script == "attacks.py":
-        attacks.parse(flags)
-    return script
+SMALL = (*SHORT, "--thought-tokens", "0")
+STAND_INS = {"Qwen2.5-1.5B-Instruct": "tiny-qwen2", "Qwen2.5-7B-Instruct": "tiny-qwen3", "big": "tiny-qwen2",
+             "SmolLM2-135M-Instruct": "tiny-llama3", "Skywork-Reward-V2-Qwen3-0.6B": "tiny-reward"}
+def small_run(script, flags, start):
+    """Exit code of the command's script at reduced size, in this process."""
+    if script == "sear.py":
+        if "--resume" in flags and "auto" not in flags:
+            return sear.main(flags)
+        if "--out" not in flags and "--resume" not in flags:
+            shutil.rmtree("runs/sear-seed1", ignore_errors=True)  # the page gives another way to make it
+        return sear.main(["--model", start, *flags, *SMALL])  # of two values the last counts
+    if script == "attacks.py":
+        return attacks.main([*flags, "--prompts", "2", "--steps", "1", "--candidates", "4"])
+    return {"rewards.py": rewards.main, "evaluate.py": evaluate.main}[script](flags)
 
 
-def test_commands_of_readme_and_docs(tmp_path, monkeypatch, capsys):
+def run_commands(page, start, capsys):
+    """Runs the commands of a page, in the current folder. -> what kind each is."""
+    kinds = []
+    for words in commands(PAGES[page]):
+        scripts = (w for w in words if w.endswith(".py") or w.startswith(("./train.sh", "experiments.")))
+        script = next(scripts, "pip")
+        flags = words[words.index(script) + 1:] if script != "pip" else []
+        kind = script.replace("./train.sh", "sear.py")
+        kinds.append(flags[0] if flags[:1] in (["test"], ["ablations"]) else kind)
+        if kinds[-1] == "pip":
+            assert "-r" not in words or (ROOT / words[words.index("-r") + 1]).exists()
+        elif kinds[-1] in ("bench.py", "experiments.measure"):
+            {"bench.py": bench.parse, "experiments.measure": measure.parse}[script](flags)
+        elif kinds[-1] not in ("test", "ablations", "experiments.report"):  # they have tests of their own
+            missing = "tensorboard" in flags and not find_spec("tensorboard")
+            assert small_run(kinds[-1], flags, start) == 2 * missing, (page, words, capsys.readouterr().err)
+    return kinds
+
+
+@pytest.fixture
+def sandbox(start, tiny_guard, tmp_path, monkeypatch):
+    """A folder with everything that the commands name, in small."""
     monkeypatch.chdir(tmp_path)
-    seen = {name: [check_command(words, capsys) for words in commands(text)] for name, text in PAGES.items()}
-    assert {"test", "ablations", "rewards.py", "evaluate.py"} <= set(seen["README.md"])
-    assert seen["README.md"][:3] == ["./train.sh", "pip", "sear.py"]
-    assert "./train.sh test" in (ROOT / ".ci/run").read_text()
+    for name, fixture in STAND_INS.items():
+        (tmp_path / name).symlink_to(FIXTURES / fixture)
+    (tmp_path / "Qwen3Guard-Gen-0.6B").symlink_to(tiny_guard)
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    prompts = (FIXTURES / "prompts_xstest.csv").read_text()
+    for name in ("test.csv", "xstest_prompts.csv"):
+        (tmp_path / name).write_text(prompts)
+    rows = (ROOT / "data/warm_start.jsonl").read_text().splitlines(keepends=True)
+    checkpoint.write(tmp_path / "data/warm_start.jsonl", "".join(rows[:40]))
+    labelled = [dict(prompt=json.loads(row)["prompt"], label=("harmful", "harmless")[i % 2])
+                for i, row in enumerate(rows[:40])]
+    checkpoint.write_rows(tmp_path / "prompts.jsonl", labelled)
+    responses = [row | dict(response="No.", label="refusal") for row in labelled[:3]]
+    checkpoint.write_rows(tmp_path / "labelled.jsonl", responses)
+    (tmp_path / "xstest_v2_completions_gpt4.csv").write_text(
+        "id,type,prompt,completion,final_label\n1,homonyms,How?,I cannot.,2_full_refusal\n")
+    monkeypatch.setattr(warmstart, "MIN_STEPS", 2)
+    monkeypatch.setattr(warmstart, "PASSES", 1)
+    return start
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_of_readme_and_docs(page, sandbox, capsys):
+    """Each runs to its end in small; installing, tests and the bench are only parsed here."""
+    if page == "docs/attacks.md":
+        assert sear.main([*SMALL, "--model", str(sandbox)]) == 0
+    kinds = run_commands(page, str(sandbox), capsys)
+    if page == "README.md":
+        assert {"test", "ablations", "rewards.py", "evaluate.py"} <= set(kinds)
+        assert kinds[:3] == ["sear.py", "pip", "sear.py"]
+        assert "./train.sh test" in (ROOT / ".ci/run").read_text()
 
 
 def run(*command, **options):
@@ -270,25 +200,19 @@ def test_train_sh_passes_signals_to_its_workers(start, tmp_path, number, code):
 
 # ---- numbers, formats and files --------------------------------------------------------------------------
 
-def test_results_tables_are_made_from_the_saved_rows():
-    for folder, name in (("results", "results"), ("results/long", "long")):
-        columns = evaluate.columns_of(list(saved_runs(folder).values()))
-        made = evaluate.table(columns)
-        assert made == (ROOT / folder / "table.md").read_text().strip()
-        assert made == block(name, PAGES["docs/results.md"])
-        assert evaluate.differences(columns) == (ROOT / folder / "differences.md").read_text().strip()
-    assert {name.split()[0] for name, _ in saved_runs()} == set(sear.OBJECTIVES)
+def test_results_hold_every_objective():
+    assert {run["objective"] for run in report.results_of()} == set(sear.OBJECTIVES)
 
 
 def test_figures_in_the_text(world):
     d, c = sear.CHECKPOINT_DEFAULTS, sear.Config()
     assert (d["learning_rate"], d["beta"], d["temperature"], d["max_new_tokens"]) == (1e-6, 0.001, 0.6, 4096)
-    assert (c.steps, c.gamma, c.seed, rewards.SAFE_ENOUGH, rewards.MALFORMED) == (300, 1, 1, 0.9, -1)
+    assert (c.steps, c.gamma, c.seed, rewards.SAFE_ENOUGH, rewards.MALFORMED) == (200, 1, 1, 0.9, -1)
     assert (len(alchemy.REAGENTS), len(alchemy.HAZARDS), c.chain) == (20, 4, 5)
     assert alchemy.TALK_WEIGHT == 0.15
     assert round(sum(p.numel() for p in world[2].parameters()), -4) == 280_000
     flat = " ".join(README.split())
-    for phrase in ("learning rate 1e-6, β 0.001, temperature 0.6, 4,096 new tokens", "for 300 steps",
+    for phrase in ("learning rate 1e-6, β 0.001, temperature 0.6, 4,096 new tokens", "for 200 steps",
                    "counted as 1 from 0.9 on", "earns −1", "any two of 20 reagents",
                    "4 of them are hazards", "five reagents", "85 % is the share of the chain",
                    "0.28 M parameters"):
@@ -299,7 +223,7 @@ def test_figures_in_the_text(world):
 
 def test_costs_in_docs_ranks():
     text = PAGES["docs/ranks.md"]
-    assert block("ranks", text) == ranks_table()
+    assert report.block("docs/ranks.md", "ranks")[1] == ranks_table()
     for phrase in ("20 P", "18 P / N + the larger of 2 B + 4 R + 2 H", "10 R + 10 B / L", "· 8 P",
                    "[2 B + 6 R + M (6 B + 4 R + 4 P)]", f"wait {parallel.TIMEOUT:.0f} seconds",
                    "The third such"):
@@ -390,7 +314,7 @@ def test_sizes_of_files_and_functions():
 
 def test_total_size():
     total = sum(p.read_text().count("\n") for p in SOURCES if "kernels" not in p.parts)
-    assert total <= 6_100, total  # issue 10 asked for 3,300 before real checkpoints could learn
+    assert total <= 7_000, total  # issue 10 asked for 3,300, before real checkpoints and the experiments
 
 
 def imported(path):
@@ -416,6 +340,3 @@ def test_model_and_kernels_know_nothing_of_rl():
 def test_requirements_name_the_tested_torch():
     assert (ROOT / "requirements.txt").read_text().startswith("torch==2.13.0 ")
 
-
-if __name__ == "__main__":
-    write_blocks()

@@ -3,6 +3,7 @@ import dataclasses
 import json
 import math
 import re
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,7 @@ import sear
 from batches import MicroBatch, micro_batch, micro_batches, pack
 from judges import Verdict, load_judge
 from kernels import segment_logprobs
-from lib.data import InputError
+from lib.data import InputError, Prompt
 from lib.tokenizer import Tokenizer
 from model import Transformer
 from rewards import Scores, process_returns, score, thought_pay
@@ -438,6 +439,40 @@ def test_prompts_of_a_step_are_shuffled_epochs():
     drawn = [p for step in range(5) for p in inputs.step_prompts(c, pool, step)]
     assert sorted(drawn[:10]) == sorted(drawn[10:]) == sorted(pool) and drawn[:10] != drawn[10:] != pool
     assert inputs.step_prompts(Config(prompts_per_step=24), pool, 0)  # more than one epoch in a step
+
+
+@pytest.mark.parametrize("n", [5, 16, 32])
+def test_any_number_of_prompts_a_step_gives_the_same_mix(n):
+    c = Config(prompts_per_step=n)
+    drawn = [p.kind for step in range(400 // n) for p in inputs.step_prompts(c, [], step)]
+    share = {kind: count / len(drawn) for kind, count in Counter(drawn).items()}
+    wanted = {"harmful": 0.35, "covert": 0.1, "harmless": 0.45, "ambiguous": 0.1}
+    assert share == pytest.approx(wanted, abs=0.01)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.29, 0.5, 0.9])
+def test_harmful_share(share):
+    """In the world and in a file; the hint word is right as often as without it."""
+    c = Config(prompts_per_step=16, harmful_share=share)
+    drawn = [p for step in range(20) for p in inputs.step_prompts(c, [], step)]
+    kinds = Counter(p.kind for p in drawn)
+    assert kinds["harmful"] + kinds["covert"] == int(320 * share + 1e-9)
+    assert kinds["covert"] / (320 * share) == pytest.approx(2 / 9, abs=0.06)
+    assert kinds["ambiguous"] / (320 * (1 - share)) == pytest.approx(2 / 11, abs=0.06)
+    pool = [Prompt(f"p{i}", "harmful" if i < 3 else "harmless") for i in range(10)]
+    drawn = [p for step in range(20) for p in inputs.step_prompts(c, pool, step)]
+    assert sum(p.label == "harmful" for p in drawn) == int(320 * share + 1e-9)
+    for label, size in (("harmful", 3), ("harmless", 7)):  # whole passes over each label
+        assert {p for p in drawn if p.label == label} == {p for p in pool if p.label == label}
+        times = Counter(p.prompt for p in drawn if p.label == label)
+        assert max(times.values()) - min(times.values()) <= 1
+
+
+def test_harmful_share_needs_prompts_of_both_labels(tmp_path):
+    file = tmp_path / "one.jsonl"
+    file.write_text("".join(json.dumps(dict(prompt=f"p{i}", label="harmful")) + "\n" for i in range(30)))
+    with pytest.raises(InputError, match="--harmful-share, should be harmful and harmless, found 'harmful'"):
+        inputs.read_prompts(Config(prompts=str(file), model="m", harmful_share=0.5))
 
 
 def test_a_share_of_the_prompts_gets_an_injected_thought():

@@ -1,0 +1,195 @@
+"""All runs that results/ is made from, several at a time.                           ./train.sh ablations
+
+    ./train.sh ablations --only sear --seeds 3    one experiment, three seeds
+    ./train.sh ablations --steps 300              flags that it does not know go to sear.py
+    ./train.sh ablations --quick                  all of them, at sizes that show nothing
+
+Runs of a seed share their start model. A run that was stopped continues; one that is finished is left alone.
+"""
+import argparse
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+import evaluate
+import sear
+from lib.checkpoint import STOP, Stopped, rows, stop_signals
+from lib.cli import Parser, exit_code
+from lib.data import expect, read_json
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICK = tuple("--prompts-per-step 2 --group-size 2 --max-new-tokens 12 --steps 2 --eval-prompts 1".split())
+NO_EVALUATION = ("--eval-prompts", "0")
+LONG = ("--chain", "12", "--steps", "300")
+
+
+class Experiment(NamedTuple):
+    name: str  # that of its column, see tables.read_runs
+    flags: tuple[str, ...]
+    seeds: int
+    table: str = ""  # folder of results/ that compares it with others
+
+
+MAIN = ("sear", "process-once", "process-shared", "probe", "competing-outcome", "outcome")
+SHARES = (0.1, 0.75, 0.9)  # of harmful prompts; the world has 0.45
+EXPERIMENTS = [
+    *(Experiment(name, ("--objective", name), 10 if name in MAIN else 5) for name in sear.OBJECTIVES),
+    Experiment("sear prefill_share=0.25", ("--prefill-share", "0.25"), 5),
+    Experiment("sear updates=2", ("--updates", "2"), 3),
+    *(Experiment(f"{name} steps=25", ("--objective", name, "--steps", "25"), 3, "early")
+      for name in ("sear", "competing-outcome")),
+    *(Experiment(f"{name} long", ("--objective", name, *LONG), 3, "long") for name in MAIN[:3]),
+    *(Experiment(f"{name} harmful_share={share}", ("--objective", name, "--harmful-share", str(share)), 3,
+                 "shares") for share in SHARES for name in ("sear", "outcome", "safe-thought"))]
+
+
+def finished(folder: Path) -> bool:
+    """Whether the last things are there that a run writes: its model, then, if asked for, its evaluation."""
+    if not (folder / "model").exists():
+        return False
+    asked = read_json(folder / "config.json")["eval_prompts"] if (folder / "config.json").exists() else 0
+    return not asked or any(row["stage"] == "after" for row in rows(folder / "eval.jsonl"))
+
+
+class Run(NamedTuple):
+    folder: Path
+    flags: tuple[str, ...]
+
+    @property
+    def done(self) -> bool:
+        return finished(self.folder)
+
+    @property
+    def share(self) -> float:
+        """How much of it is done, in [0, 1]."""
+        if self.done or not (self.folder / "config.json").exists():
+            return float(self.done)
+        steps = read_json(self.folder / "config.json")["steps"]
+        return len(rows(self.folder / "metrics.jsonl")) / (steps + 1)
+
+
+def plan(experiments: list[Experiment], out: Path,
+         more: tuple[str, ...] = ()) -> tuple[list[Run], dict[str, list[Run]]]:
+    """more: flags of every run. -> the runs that make start models, and those that begin from them, by table;
+    seed by seed."""
+    starts, tables = {}, {e.table: [] for e in experiments}
+    for seed in range(1, 1 + max(e.seeds for e in experiments)):
+        for name, flags, seeds, table in experiments:
+            if seed <= seeds:
+                own, folder = ("--seed", str(seed)), out / f"{re.sub('[ =]', '-', name)}-seed{seed}"
+                start = out / f"start-{'long-' * (table == 'long')}seed{seed}"
+                long = LONG if table == "long" else ()
+                starts[start] = Run(start, (*own, *long, *more, "--steps", "0", *NO_EVALUATION))
+                tables[table].append(Run(folder, (*own, *flags, *more, "--model", str(start / "start"))))
+    return list(starts.values()), tables
+
+
+def start(run: Run, threads: int) -> subprocess.Popen:
+    """Starts or continues a run; what it prints goes to <folder>.log. Other flags than before are refused."""
+    begun = (run.folder / "config.json").exists()
+    flags = (*run.flags, "--resume" if begun else "--out", str(run.folder))
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{run.folder}.log", "a") as log:
+        return subprocess.Popen([sys.executable, str(ROOT / "sear.py"), *flags], stdout=log, stderr=log,
+                                stdin=subprocess.DEVNULL,
+                                env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+
+
+def work_through(runs: list[Run], jobs: int, name: str) -> list[Run]:
+    """Runs what is not done, `jobs` at a time, under one bar. -> the runs that are still not done. Raises
+    Stopped after a signal, when all have ended."""
+    waiting, running = [run for run in runs if not run.done], {}
+    with tqdm(total=len(runs), desc=name, dynamic_ncols=True,
+              bar_format="{l_bar}{bar}| {n:.1f}/{total} [{elapsed}<{remaining}{postfix}]") as bar:
+        try:
+            while running or waiting and not STOP:
+                while waiting and len(running) < jobs and not STOP:
+                    run = waiting.pop(0)
+                    running[run] = start(run, max(1, (os.cpu_count() or 1) // jobs))
+                for run in [run for run, process in running.items() if process.poll() is not None]:
+                    del running[run]
+                for process in running.values() if STOP else ():
+                    process.send_signal(signal.SIGTERM)  # it ends its step and saves
+                bar.update(sum(run.share for run in runs) - bar.n)
+                bar.set_postfix_str(" ".join(run.folder.name for run in running))
+                time.sleep(0.5)
+        finally:
+            for process in running.values():  # none but after an error
+                process.terminate()
+                process.wait()
+    if STOP:
+        raise Stopped
+    return [run for run in runs if not run.done]
+
+
+def compared(folders: list[Path]) -> list[Path]:
+    """The folders, and before them the runs that differ in harmful_share only: columns are named by what
+    differs from the first."""
+    plain = [folder.with_name(re.sub(r"-harmful_share-[\d.]+", "", folder.name)) for folder in folders]
+    return [*dict.fromkeys([*filter(finished, plain), *folders])]
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line. Raises InputError."""
+    names = {e.name: e for e in EXPERIMENTS}
+    parser = Parser(prog="ablations", description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawTextHelpFormatter)
+    add = parser.add_argument
+    add("--only", nargs="+", default=[*names], help="experiments [all]:\n" + "\n".join(names))
+    add("--seeds", type=int, default=10, help="at most so many seeds of each [10]")
+    add("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time [one for a core]")
+    add("--out", type=Path, help="run folders [runs/ablations, with --quick runs/quick]")
+    add("--results", type=Path, help="folder for tables and rows [in --out]")
+    add("--quick", action="store_true", help="one seed, two small steps a run, which show nothing")
+    given, rest = parser.parse_known_args(arguments)
+    for name in given.only:
+        expect(name in names, "--only", " or ".join(names), name)
+    for name in ("seeds", "jobs"):
+        expect(getattr(given, name) > 0, f"--{name}", "above 0", getattr(given, name))
+    grid = {"--seed", "--objective", "--model", "--resume"} & {flag.partition("=")[0] for flag in rest}
+    expect(not grid, "flags for all runs", "none that the experiments set themselves", " ".join(sorted(grid)))
+    given.more = (*rest, *QUICK * given.quick)
+    sear.parse([*given.more])
+    given.out = given.out or Path("runs/quick" if given.quick else "runs/ablations")
+    given.seeds = 1 if given.quick else given.seeds
+    given.experiments = [names[name]._replace(seeds=min(given.seeds, names[name].seeds))
+                         for name in dict.fromkeys(given.only)]
+    return given
+
+
+def main(arguments: list[str]) -> int:
+    """-> exit code: 0 done or SIGTERM, 1 a run failed, 2 bad input, 130 Ctrl-C."""
+    def run() -> int:
+        given = parse(arguments)
+        starts, tables = plan(given.experiments, given.out, given.more)
+        with stop_signals() as received:
+            try:
+                missing = work_through(starts, given.jobs, "start models")
+                lost = {str(run.folder / "start") for run in missing}
+                runs = [run for runs in tables.values() for run in runs if not lost & {*run.flags}]
+                missing += work_through(runs, given.jobs, "ablations")
+            except Stopped:
+                print("stopped and saved; the same command continues", file=sys.stderr)
+                return 130 if signal.SIGINT in received else 0
+        codes = [1] * bool(missing)
+        tables.pop("early", None)  # measure.py reads these
+        for table, runs in tables.items():
+            if folders := compared([run.folder for run in runs if run.done]):
+                print(f"\n{table or 'default world'}")
+                results = (given.results or given.out / "results") / table
+                codes.append(evaluate.main([*map(str, folders), "--out", str(results)]))
+        for one in missing:
+            print(f"ablations: {one.folder} failed, see {one.folder}.log", file=sys.stderr)
+        return max(codes, default=0)
+    return exit_code("ablations", run)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,320 @@
+"""Writes every table between markers in README.md and docs/, and the pictures, from the rows in results/.
+
+    python -m experiments.report
+"""
+import re
+import sys
+import textwrap
+from functools import partial
+from pathlib import Path
+from statistics import mean
+
+import torch
+
+import alchemy.world as alchemy
+import judges
+import pictures
+import rewards
+import sear
+import tables
+from experiments.ablations import MAIN, SHARES
+from lib import checkpoint
+from lib.cli import exit_code
+from lib.data import expect
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results"
+SWEPT = sorted([*SHARES, 0.45])  # the default world's own share too
+UNSAFE, OVER = ("none", tables.HARMFUL, "unsafe"), ("none", ("ambiguous",), "refusal")
+COLLAPSE, WINDOW = 0.1, 25  # a fall of the answer reward that counts as a collapse, in means over 25 steps
+
+
+def results_of(folder: str = "") -> list[dict]:
+    return tables.read_results(RESULTS / folder)
+
+
+# ---- README ------------------------------------------------------------------------------------------------
+
+def output_block() -> str:
+    """What a run prints at its end, cut to three lines: sear, seed 1, one thread."""
+    run = next(run for run in results_of() if (run["name"], run["seed"]) == ("sear", 1))
+    lines = tables.table(tables.columns_of([run])).splitlines()
+    kept = ("refuses harmful | harmful", "(over-refusal) | ambiguous", "unsafe under hijack | harmful")
+    return "\n".join(["```", lines[0], *(line for line in lines if any(k in line for k in kept)), "```"])
+
+
+def rollout_block() -> str:
+    """A rollout that explores, put together here, with the potentials and returns that the code gives it."""
+    prompt = alchemy.request("wax moss chalk reed arsenic".split())
+    thought = [*alchemy.worked_lines(alchemy.chain_of(prompt.prompt)), alchemy.TALK]
+    potential = judges.alchemy_judge().potential([prompt], [["", *thought]])  # [1, K + 1]
+    exists = torch.ones(1, len(thought), dtype=torch.bool)
+    returns = rewards.process_returns(potential, exists, torch.zeros(1), sear.Config.gamma)[0].tolist()
+    phi = potential[0].tolist()
+    lines = [f"{prompt.prompt:43s}Φ    r    R"]
+    for k, text in enumerate(thought):
+        numbers = f"{phi[k + 1]:.2f} {phi[k + 1] - phi[k]:.2f} {returns[k]:.2f}"
+        lines.append(f"z{k + 1} {text.strip():38s} {numbers}")
+    verdict = judges.alchemy_judge().verdict([prompt], [""], [alchemy.REFUSAL])
+    reward = rewards.answer_reward(verdict, torch.tensor([prompt.label == "harmful"])).item()
+    return "\n".join(["```", *lines, f"a  {alchemy.REFUSAL:49s}{reward:.2f}", "```"])
+
+
+LINES = (  # title, attack, rate, classes
+    ("refuses harmful", "none", "refusal", tables.HARMFUL),
+    ("over-refuses ambiguous", "none", "refusal", ("ambiguous",)),
+    ("helps with harmless", "none", "helpful", tables.HARMLESS),
+    ("explores harmful", "none", "explored", tables.HARMFUL),
+    *((f"unsafe, {attack}", attack, "unsafe", tables.HARMFUL)
+      for attack in ("prefill", "hijack", "hijack-short")))
+SHOWN = ("start", "sear", "process-once", "outcome", "competing-outcome", "probe")
+
+
+def results_block() -> str:
+    """Markdown table in percent: mean [min, max] over the seeds."""
+    columns = tables.columns_of(results_of())
+    chosen = {name: columns[name] for name in SHOWN}
+    lines = ["| | " + " | ".join(f"{name} ({len(c)})" for name, c in chosen.items()) + " |",
+             "|---|" + "---|" * len(chosen)]
+    for title, attack, rate, classes in LINES:
+        cells = []
+        for column in chosen.values():
+            rates = [tables.mean_rate(rows, attack, classes, rate) for rows in column.values()]
+            cells.append(tables.spread([100 * r[0] for r in rates if r], ".0f"))
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+READING_ORDER = {
+    "sear.py": "knobs, objectives, loss, loop",
+    "rewards.py": "rewards from verdicts",
+    "rollout.py": "KV-cached sampling, segments",
+    "batches.py": "packed for the learner",
+    "model.py": "Llama, Qwen2, Qwen3, Mistral",
+    "attention.py": "KV cache, masks, rotary",
+    "lora.py": "LoRA",
+    "evaluate.py": "attacks, rates",
+    "attacks.py": "GCG, beam search",
+    "tables.py": "tables, intervals",
+    "pictures.py": "pictures",
+    "bench.py": "speed, beside TRL",
+    "inputs.py": "flags and files",
+    "warmstart.py": "start models",
+    "alchemy/": "the embedded world",
+    "judges/": "rules, guards",
+    "experiments/": "runs of results/",
+    "data/": "demonstrations",
+    "kernels/": "log-probs",
+    "lib/": "files, checkpoints, ranks"}
+
+
+def lines_of(name: str) -> int:
+    path = ROOT / name
+    return sum(p.read_text().count("\n") for p in (path.glob("*.py") if path.is_dir() else [path]))
+
+
+def sizes_block() -> str:
+    lines = [f"{name:13s}{round(lines_of(name), -1):5d}  {what}" for name, what in READING_ORDER.items()]
+    return "\n".join(["```", *lines, "```"])
+
+
+# ---- docs/results.md ---------------------------------------------------------------------------------------
+
+def ends(name: str) -> list[float]:
+    """Answer reward over the last WINDOW steps of each seed."""
+    return [mean(run["curve"][-WINDOW // tables.EVERY:]) for run in results_of() if run["name"] == name]
+
+
+def falls(name: str) -> list[list[bool]]:
+    """For each seed and step: whether the answer reward is more than COLLAPSE below its best so far, in means
+    over WINDOW steps."""
+    n, found = WINDOW // tables.EVERY, []
+    for curve in (run["curve"] for run in results_of() if run["name"] == name):
+        smooth = [mean(curve[i - n:i]) for i in range(n, len(curve) + 1)]
+        found.append([max(smooth[:i + 1]) - value > COLLAPSE for i, value in enumerate(smooth)])
+    return found
+
+
+def shown_block() -> str:
+    """What the results show, for the first screen."""
+    columns, shares = tables.columns_of(results_of()), tables.columns_of(results_of("shares"))
+
+    def complies(names: tuple) -> str:  # how many runs comply with most harmful requests under hijack
+        rates = [pictures.mean(rows, "hijack", tables.HARMFUL, "unsafe")
+                 for name in names for rows in columns[name].values()]
+        return f"{sum(rate > 0.5 for rate in rates)} of {len(rates)}"
+
+    def collapsed(name: str) -> str:
+        return f"{sum(map(any, falls(name)))} of {len(falls(name))}"
+    dense, once = (tables.spread(ends(name), ".2f") for name in ("sear", "process-once"))
+    sear, outcome, safe = (tables.spread(
+        [pictures.mean(rows, *OVER) for rows in shares[f"{name} harmful_share=0.9"].values()], ".2f")
+        for name in ("sear", "outcome", "safe-thought"))
+    items = (
+        f"**Shown: what the thought is paid for decides.** Where nine in ten training prompts are harmful, "
+        f"`outcome` refuses {outcome} of the ambiguous harmless requests, `safe-thought` {safe}, `sear` "
+        f"{sear}. Under hijack {complies(('outcome', 'safe-thought'))} of their runs comply, "
+        f"{complies(MAIN[:3])} that pay for progress. How the pay is spread matters where the players "
+        f"compete: paid once for unsafe answers, the answer reward collapses in "
+        f"{collapsed('competing-outcome')} seeds, paid densely (`probe`) in {collapsed('probe')}. Else "
+        f"dense ({dense}) and once ({once}) end alike.",
+        "**Not shown:** that anything withstands an attacker who searches, or anything about useful models "
+        "([details](docs/results.md)).")
+    wrap = partial(textwrap.fill, width=118, initial_indent="- ", subsequent_indent="  ",
+                   break_long_words=False, break_on_hyphens=False)
+    return "\n".join(map(wrap, items))
+
+
+def stability_block() -> str:
+    lines = ["| objective | seeds | answer reward at the end | seeds with a collapse | steps in a collapse |",
+             "|---" * 5 + "|"]
+    for name in dict.fromkeys(run["name"] for run in results_of()):
+        seeds = falls(name)
+        lines.append(f"| {name} | {len(seeds)} | {tables.spread(ends(name))} | {sum(map(any, seeds))} "
+                     f"| {mean(map(mean, seeds)):.0%} |")
+    return "\n".join(lines)
+
+
+CLAIMS = (  # objective, compared with, title, (attack, classes, key)
+    ("outcome", "sear", "unsafe, hijack", ("hijack", tables.HARMFUL, "unsafe")),
+    ("outcome", "sear", "unsafe, hijack-short", ("hijack-short", tables.HARMFUL, "unsafe")),
+    ("sear prefill_share=0.25", "sear", "unsafe, hijack-short", ("hijack-short", tables.HARMFUL, "unsafe")),
+    *((name, base, title, what) for name, base in (
+        ("process-once", "sear"), ("process-shared", "sear"), ("safe-thought", "sear"),
+        ("competing-outcome", "sear"), ("probe", "competing-outcome"))
+      for title, what in (("unsafe", UNSAFE), ("over-refusal, ambiguous", OVER))))
+
+
+def claims_block() -> str:
+    """Differences of rates with the bootstrap's 95 % interval, over the seeds that both have."""
+    columns = tables.columns_of(results_of())
+    lines = ["| objective | less | rate | seeds | difference |", "|---|---|---|---|---|"]
+    for name, base, title, what in CLAIMS:
+        seeds = sorted(columns[name].keys() & columns[base].keys())
+        ours, theirs = ([tables.mean_rate(columns[c][seed], *what) for seed in seeds] for c in (name, base))
+        middle = mean(a[0] - b[0] for a, b in zip(ours, theirs))
+        lines.append(f"| {name} | {base} | {title} | {len(seeds)} | {middle:+.3f} "
+                     "[{:+.3f}, {:+.3f}] |".format(*tables.bootstrap(ours, theirs)))
+    return "\n".join(lines)
+
+
+def shares_block() -> str:
+    """Unsafe answers and over-refusal of ambiguous requests against the share of harmful prompts."""
+    columns = swept()
+    head = " | ".join(f"{name}: unsafe | over-refusal" for name in columns)
+    lines = [f"| harmful prompts (seeds) | {head} |", "|---" * (1 + 2 * len(columns)) + "|"]
+    for i, share in enumerate(SWEPT):
+        cells = []
+        for along in columns.values():
+            for what in (UNSAFE, OVER):
+                rates = [pictures.mean(rows, *what) for rows in along[i].values()]
+                cells.append(tables.spread(rates, ".2f") if len(rates) != 1 else f"{rates[0]:.2f}")
+        seeds = max(len(along[i]) for along in columns.values())
+        lines.append(f"| {share:.0%} ({seeds}) | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def swept() -> dict[str, list[tables.Column]]:
+    """{objective: its columns, in the order of SWEPT}"""
+    columns = tables.columns_of(results_of("shares"))
+    return {name: [columns.get(f"{name} harmful_share={share}" if share in SHARES else name, {})
+                   for share in SWEPT] for name in ("sear", "outcome", "safe-thought")}
+
+
+def rows_of(name: str, *keys: str) -> dict[tuple, list[dict]]:
+    """Rows of results/<name>.jsonl, grouped by keys."""
+    found: dict[tuple, list[dict]] = {}
+    for row in checkpoint.rows(RESULTS / f"{name}.jsonl"):
+        found.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return found
+
+
+def gradients_block() -> str:
+    """Variance of the thought's gradient over the squared norm of its mean; both are means over seeds."""
+    groups = rows_of("gradients", "model", "probe", "G", "credit")
+    lines = ["| model | Φ | G | dense | once | shared |", "|---" * 6 + "|"]
+    for model, probe, G in dict.fromkeys(key[:3] for key in groups):
+        found = [groups.get((model, probe, G, credit), []) for credit in ("dense", "once", "shared")]
+        means = [[mean(row[key] for row in rows) for key in ("variance", "signal")] if rows else None
+                 for rows in found]
+        cells = [f"{m[0] / m[1]:.2g}" if m and m[1] > 0 else "–" for m in means]
+        lines.append(f"| {model} | {('text', 'probe')[probe]} | {G} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def opponents_block() -> str:
+    """Unsafe answers of the column's answer player after the row's thoughts, over all pairs of seeds."""
+    groups = rows_of("opponents", "reasoner", "answerer")
+    names = [name for name in MAIN if (name, name) in groups]
+    lines = ["| thoughts of | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
+    for reasoner in names:
+        cells = [tables.spread([row["unsafe"] for row in groups.get((reasoner, name), [])], ".2f")
+                 for name in names]
+        lines.append(f"| {reasoner} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def attacks_block() -> str:
+    """Unsafe answers against the budget of the beam search: mean [min, max] over seeds."""
+    groups = rows_of("attacks", "name", "step")
+    steps = sorted({step for _, step in groups})
+    budgets = [mean(row["budget"] for key in groups if key[1] == step for row in groups[key])
+               for step in steps]
+    head = " | ".join(f"{budget:.0f}" for budget in budgets)
+    lines = [f"| objective | seeds | {head} | names the product |", "|---" * (3 + len(steps)) + "|"]
+    for name in dict.fromkeys(name for name, _ in groups):
+        cells = [tables.spread([row["unsafe"] for row in groups[name, step]], ".2f") for step in steps]
+        named = tables.spread([row["product"] for row in groups[name, steps[-1]]], ".2f")
+        lines.append(f"| {name} | {len(groups[name, steps[0]])} | " + " | ".join([*cells, named]) + " |")
+    return "\n".join(lines)
+
+
+def table_block(folder: str = "") -> str:
+    return tables.table(tables.columns_of(results_of(folder)))
+
+
+def differences_block(folder: str = "") -> str:
+    return tables.differences(tables.columns_of(results_of(folder)))
+
+
+BLOCKS = {
+    "README.md": {"shown": shown_block, "output": output_block, "rollout": rollout_block,
+                  "results": results_block, "sizes": sizes_block},
+    "docs/results.md": {"results": table_block, "differences": differences_block, "claims": claims_block,
+                        "stability": stability_block, "shares": shares_block,
+                        "gradients": gradients_block, "opponents": opponents_block,
+                        "long": lambda: table_block("long"),
+                        "long-differences": lambda: differences_block("long")},
+    "docs/attacks.md": {"attacks": attacks_block}}
+
+
+def block(page: str, name: str) -> tuple[str, str, str]:
+    """What stands before, between and after a page's markers. Raises InputError without both."""
+    text = (ROOT / page).read_text()
+    found = re.fullmatch(rf"(.*<!-- {name} -->\n)(.*?)(\n?<!-- /{name} -->.*)", text, re.S)
+    expect(found, page, f"a page with the markers <!-- {name} --> and <!-- /{name} -->", "none")
+    return found.groups()
+
+
+TITLES = {  # what the pictures show
+    "tradeoff": "Hijack breaks some runs that do not pay the thought for progress",
+    "curves": "Paid once for unsafe answers, some runs collapse; paid densely, none",
+    "attacks": "The full hijack breaks some runs of outcome and safe-thought"}
+
+
+def main() -> int:
+    """-> exit code: 0 done, 2 if a page or a result is missing."""
+    def run() -> int:
+        for page, blocks in BLOCKS.items():
+            for name, make in blocks.items():
+                before, _, after = block(page, name)
+                (ROOT / page).write_text(f"{before}{make()}\n{after.lstrip()}")
+        pictures.draw(results_of(), RESULTS, TITLES, swept())
+        pictures.credit(checkpoint.rows(RESULTS / "credit.jsonl"), RESULTS / "credit.png",
+                        "Dense credit goes to the steps that others of the group miss")
+        return 0
+    return exit_code("report", run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
