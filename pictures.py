@@ -1,4 +1,4 @@
-"""Pictures of finished runs, as tables.read_runs gives them. Markers and dashes stand beside colours."""
+"""Pictures of finished runs, as tables.read_runs gives them. They can be read without colour."""
 import sys
 from pathlib import Path
 

@@ -71,7 +71,7 @@ def beam(run: Path) -> list[dict]:
 
 @torch.no_grad()
 def ask(run: Path, prefill: list[str] | None = None):
-    """Rollouts of the run's model on the requests, after these thoughts. -> requests, rollouts."""
+    """The run's model answers the requests; prefill: after these thoughts. -> requests, rollouts."""
     c, tokenizer, model = attacks.load_run(run)
     requests = harmful_requests(c)
     prompts = [encode_prompt(tokenizer, p.prompt) for p in requests]
