@@ -39,12 +39,16 @@ from lib.parallel import rank_device
 from lib.tokenizer import Tokenizer
 from model import Transformer, add_end_of_turn
 from rewards import verdicts
-from rollout import CLOSE, check_length, encode_prompt, prefill_group, sample
+from rollout import check_length, encode_prompt, left_pad, prefill_group, sample
 from tables import interval
 
 STEPS = {"gcg": 32, "beam": 6, "mislead": 6}  # swaps of a token; lines of a thought
 TOP = 64  # tokens that the gradient prefers in a place: swaps are drawn from them
-CLOSING = CLOSE + "\n\n"
+
+
+def ending(tokenizer: Tokenizer) -> str:
+    """What closes a thought."""
+    return tokenizer.tags[1] + "\n\n"
 
 
 class Found(NamedTuple):
@@ -65,11 +69,8 @@ def cross_entropy(model: Transformer, states: Tensor, target: Tensor) -> Tensor:
 @torch.no_grad()
 def target_losses(model: Transformer, cache: Cache, rows: list[list[int]], target: list[int]) -> Tensor:
     """Mean cross-entropy of the target after each row, [n]. The cache holds the prompt before the rows."""
-    n, width = len(target), max(map(len, rows)) + len(target)
-    tokens = torch.tensor([[0] * (width - n - len(row)) + row + target for row in rows], device=model.device)
-    length = torch.tensor([len(row) + n for row in rows], device=model.device)
-    real = torch.arange(width, device=model.device) >= width - length[:, None]  # left-padded
-    fork = cache.rows(torch.zeros(len(rows), dtype=torch.long), width)
+    (tokens, real), n = left_pad([row + target for row in rows], model.device), len(target)
+    fork = cache.rows(torch.zeros(len(rows), dtype=torch.long), tokens.shape[1])
     return cross_entropy(model, model.hidden(tokens, real, fork)[:, -n - 1:-1], tokens[:, -n:])
 
 
@@ -88,22 +89,17 @@ def token_gradient(model: Transformer, prompt: list[int], tokens: list[int], tar
     return gradient[0, len(prompt):len(prompt) + len(tokens)] @ embedding.weight.detach().T
 
 
-def text_of(tokenizer: Tokenizer, tokens: list[int]) -> str:
-    """The text of tokens that stand inside other text."""
-    return b"".join(map(tokenizer.token_bytes, tokens)).decode("utf-8", "replace")
-
-
 def survives(tokenizer: Tokenizer, tokens: list[int]) -> bool:
     """Whether the text of the tokens becomes the same tokens again, and leaves the thought open."""
-    text = text_of(tokenizer, tokens)
-    return CLOSE not in text and tokenizer.encode(text, special=True, inside=True) == tokens
+    text = tokenizer.decode(tokens)
+    return tokenizer.tags[1] not in text and tokenizer.encode(text, special=True, inside=True) == tokens
 
 
 def plain_tokens(tokenizer: Tokenizer) -> list[int]:
     """The tokens to attack with: printable text and newlines, without a special meaning."""
     special = {*tokenizer.added.values()}
     return [t for t in range(tokenizer.n_tokens) if t not in special and survives(tokenizer, [t])
-            and text_of(tokenizer, [t]).replace("\n", "").isprintable()]
+            and tokenizer.decode([t]).replace("\n", "").isprintable()]
 
 
 def gcg(model: Transformer, tokenizer: Tokenizer, prompt: list[int], target: list[int], plain: list[int], *,
@@ -116,7 +112,7 @@ def gcg(model: Transformer, tokenizer: Tokenizer, prompt: list[int], target: lis
     best = next((tokens for tokens in repeated if survives(tokenizer, tokens)), None)
     expect(best, tokenizer.folder, f"a tokenizer that keeps {length} equal tokens apart", "none such")
     budget, loss = 1, target_losses(model, cache, [best], target).item()
-    yield Found(budget, loss, text_of(tokenizer, best))
+    yield Found(budget, loss, tokenizer.decode(best))
     for _ in range(steps):
         gradient = token_gradient(model, prompt, best, target)[:, plain].cpu()  # [L, len(plain)]
         top = gradient.topk(min(TOP, len(plain)), largest=False).indices.tolist()  # [L, TOP]
@@ -129,7 +125,7 @@ def gcg(model: Transformer, tokenizer: Tokenizer, prompt: list[int], target: lis
             losses = target_losses(model, cache, rows, target)
             if losses.min() < loss:
                 loss, best = losses.min().item(), rows[losses.argmin()]
-        yield Found(budget, loss, text_of(tokenizer, best))
+        yield Found(budget, loss, tokenizer.decode(best))
 
 
 # ---- beam search -----------------------------------------------------------------------------------------
@@ -147,20 +143,20 @@ def beam(model: Transformer, tokenizer: Tokenizer, prompt: Prompt, target: str, 
          away: bool = False) -> Iterator[Found]:
     """Yields the best closed thought without a line and after each line; `width` of them go on. The loss is
     the mean cross-entropy of the target as an answer; with `away`, which leads away from it, minus that."""
-    cache = prefill_group(model, [encode_prompt(tokenizer, prompt.prompt)], 1)[0]
+    cache, close = prefill_group(model, [encode_prompt(tokenizer, prompt.prompt)], 1)[0], ending(tokenizer)
 
     def losses(thoughts: list[str]) -> list[float]:
-        rows = [tokenizer.encode(text + CLOSING, special=True, inside=True) for text in thoughts]
+        rows = [tokenizer.encode(text + close, special=True, inside=True) for text in thoughts]
         found = target_losses(model, cache, rows, tokenizer.encode(target))
         return (-found if away else found).tolist()
     chain, kept = alchemy.chain_of(prompt.prompt), [""]
     budget, best = 1, (losses(kept)[0], "")
-    yield Found(budget, best[0], best[1] + CLOSING)
+    yield Found(budget, best[0], best[1] + close)
     for _ in range(depth):
         thoughts = [text + line for text in kept for line in moves(chain, text)]
         ranked = sorted(zip(losses(thoughts), thoughts))
         budget, best, kept = budget + len(thoughts), min(best, ranked[0]), [t for _, t in ranked[:width]]
-        yield Found(budget, best[0], best[1] + CLOSING)
+        yield Found(budget, best[0], best[1] + close)
 
 
 # ---- a finished run --------------------------------------------------------------------------------------
@@ -175,7 +171,7 @@ def search(model: Transformer, tokenizer: Tokenizer, requests: list[Prompt], giv
     for a request that would not fit into the context under attack."""
     prompts = [encode_prompt(tokenizer, p.prompt) for p in requests]
     targets = [given.target or ("Sure" if c.prompts else product_of(p)) for p in requests]
-    closing = len(tokenizer.encode(CLOSING, special=True, inside=True))
+    closing = len(tokenizer.encode(ending(tokenizer), special=True, inside=True))
     for p, tokens, target in zip(requests, prompts, targets):
         more = given.length
         if given.attack != "gcg":
@@ -189,7 +185,7 @@ def search(model: Transformer, tokenizer: Tokenizer, requests: list[Prompt], giv
         return [list(beam(model, tokenizer, p, alchemy.REFUSAL if away else target, width=given.width,
                           depth=given.steps, away=away)) for p, target in zip(bar, targets)]
     plain = plain_tokens(tokenizer)
-    goals = [tokenizer.encode(CLOSING + target, special=True, inside=True) for target in targets]
+    goals = [tokenizer.encode(ending(tokenizer) + target, special=True, inside=True) for target in targets]
     return [list(gcg(model, tokenizer, tokens, goal, plain, steps=given.steps, length=given.length,
                      candidates=given.candidates, seed=given.seed))
             for _, tokens, goal in zip(bar, prompts, goals)]
@@ -270,28 +266,27 @@ def load_run(run: Path, name: str = "model") -> tuple[sear.Config, Tokenizer, Tr
     return c, tokenizer, model
 
 
+@exit_code("attacks.py")
 def main(arguments: list[str]) -> int:
     """-> exit code: 0 done, 1 disk, 2 bad input."""
-    def run() -> int:
-        given = parse(arguments)
-        c, tokenizer, model = load_run(given.run, given.model)
-        if given.attack != "gcg" and c.prompts:
-            raise InputError(f"--attack {given.attack} knows the embedded world only, but {given.run} is a "
-                             f"run on {c.prompts}")
-        test = inputs.read_prompts(c)[1] if c.prompts else []
-        asked = evaluate.requests(test, replace(c, eval_prompts=given.prompts))
-        requests = [p for p in asked if p.label == "harmful"][:given.prompts]
-        expect(requests, c.prompts, "a file with held-out harmful prompts", "none")
-        judge = inputs.load_judges(c, model.device, [], requests)[1]
-        found = search(model, tokenizer, requests, given, c)
-        rows = ask(model, tokenizer, judge, requests, found, given, c)
-        file = given.run / "attacks.jsonl"
-        others = [row for row in checkpoint.rows(file)
-                  if (row["model"], row["attack"]) != (given.model, given.attack)]
-        checkpoint.write_rows(file, others + rows)
-        print(f"{summary(rows)}\nwrote {file}")
-        return 0
-    return exit_code("attacks.py", run)
+    given = parse(arguments)
+    c, tokenizer, model = load_run(given.run, given.model)
+    if given.attack != "gcg" and c.prompts:
+        raise InputError(f"--attack {given.attack} knows the embedded world only, but {given.run} is a "
+                         f"run on {c.prompts}")
+    test = inputs.read_prompts(c)[1] if c.prompts else []
+    asked = evaluate.requests(test, replace(c, eval_prompts=given.prompts))
+    requests = [p for p in asked if p.label == "harmful"][:given.prompts]
+    expect(requests, c.prompts, "a file with held-out harmful prompts", "none")
+    judge = inputs.load_judges(c, model.device, [], requests)[1]
+    found = search(model, tokenizer, requests, given, c)
+    rows = ask(model, tokenizer, judge, requests, found, given, c)
+    file = given.run / "attacks.jsonl"
+    others = [row for row in checkpoint.rows(file)
+              if (row["model"], row["attack"]) != (given.model, given.attack)]
+    checkpoint.write_rows(file, others + rows)
+    print(f"{summary(rows)}\nwrote {file}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -67,9 +67,8 @@ class Packed:
     def layout(self, windows: set[int | None]) -> tuple[Tensor, Tensor, dict]:
         """-> tokens [1, N], positions [1, N] and, for each window, the masks of prompts and blocks."""
         column = torch.arange(self.prompts.shape[1], device=self.prompts.device)  # [P]
-        position, masks = [column.repeat(len(self.prompts))], {w: [] for w in windows}
-        for w in windows:
-            masks[w].append(causal_mask(column[None] >= 0, len(column), w) if w else None)
+        position = [column.repeat(len(self.prompts))]
+        masks = {w: [causal_mask(column[None] >= 0, len(column), w) if w else None] for w in windows}
         for block, owner in zip(self.blocks, self.owners):
             real = torch.cat((column < self.length[owner, None], torch.ones_like(block, dtype=torch.bool)), 1)
             position.append((real.cumsum(1)[:, -block.shape[1]:] - 1).flatten())

@@ -13,13 +13,12 @@ from rollout import Rollouts
 
 def micro_batches(length: Tensor, budget: int) -> list[list[int]]:
     """Rows sorted by length [B] and split into batches of at most `budget` padded tokens, or of one row."""
-    batches, rows = [], []
+    batches = []
     for b in length.argsort(stable=True).tolist():
-        if rows and (len(rows) + 1) * int(length[b]) > budget:
-            batches.append(rows)
-            rows = []
-        rows.append(b)
-    return batches + [rows] * bool(rows)
+        if not batches or (len(batches[-1]) + 1) * int(length[b]) > budget:
+            batches.append([])
+        batches[-1].append(b)
+    return batches
 
 
 def pack(rollouts: Rollouts, budget: int) -> list[list[list[int]]]:

@@ -230,18 +230,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+@cli.exit_code("bench.py")
 def main(arguments: list[str]) -> int:
     """-> exit code: 0 done, 2 bad input."""
-    def run() -> int:
-        given = parse(arguments)
-        with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
-            text = table(given, Path(scratch))
-        print(text)
-        if given.write:
-            checkpoint.write(PAGE, re.sub("(<!-- bench -->\n).*(<!-- /bench -->)",
-                                          lambda m: f"{m[1]}{text}\n{m[2]}", PAGE.read_text(), flags=re.S))
-        return 0
-    return cli.exit_code("bench.py", run)
+    given = parse(arguments)
+    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
+        text = table(given, Path(scratch))
+    print(text)
+    if given.write:
+        checkpoint.write(PAGE, re.sub("(<!-- bench -->\n).*(<!-- /bench -->)",
+                                      lambda m: f"{m[1]}{text}\n{m[2]}", PAGE.read_text(), flags=re.S))
+    return 0
 
 
 if __name__ == "__main__":

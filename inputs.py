@@ -1,5 +1,4 @@
 """The user's flags and files, checked before a run folder exists, and the models and judges they name."""
-import sys
 import tempfile
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from judges import JUDGES, Judge, load_judge
 from judges.guards import read_spec
 from lib import plan, watch
 from lib.data import InputError, Prompt, describe, expect, load_eval_files, load_prompts, without
-from lib.parallel import rank_and_world
+from lib.parallel import say
 from lib.tokenizer import Tokenizer
 from lora import add_adapter
 from model import Transformer, add_end_of_turn, compute_type, read_configs
@@ -37,8 +36,7 @@ def read_prompts(c) -> tuple[list[Prompt], list[Prompt]]:
     labels = {p.label for p in train}
     expect(not c.harmful_share or len(labels) == 2, f"{c.prompts}: the labels, for --harmful-share,",
            "harmful and harmless", " and ".join(sorted(labels)))
-    if rank_and_world()[0] == 0:
-        print("\n".join(lines), file=sys.stderr)
+    say("\n".join(lines))
     return train, test
 
 
@@ -83,8 +81,7 @@ def read_inputs(c) -> tuple[list[Prompt], list[Prompt]]:
         # On "meta" only the headers of the weight files are read.
         model = (Transformer.from_pretrained(c.model, "meta") if c.model else
                  Transformer.from_scratch(scratch, c.seed))
-        if c.model:
-            add_end_of_turn(model, tokenizer)
+        add_end_of_turn(model, tokenizer)
     room, stops = model.config.max_position_embeddings, model.stop_ids
     if model.config.num_labels or tokenizer.n_tokens > model.config.vocab_size or not stops:
         raise InputError(f"{c.model} is not a causal language model to train: it has a score head, no "
@@ -99,8 +96,8 @@ def read_inputs(c) -> tuple[list[Prompt], list[Prompt]]:
         read_demonstrations(c.warm_start, tokenizer, model)
     requests = evaluate.requests(test, c)
     evaluate.check_lengths(tokenizer, requests if pool else requests[:1], room, c)
-    if c.eval_prompts and not requests and rank_and_world()[0] == 0:
-        print(f"{c.prompts}: too few prompts to hold one out, so nothing is evaluated", file=sys.stderr)
+    if c.eval_prompts and not requests:
+        say(f"{c.prompts}: too few prompts to hold one out, so nothing is evaluated")
     return pool, requests
 
 

@@ -133,18 +133,19 @@ class Transformer(nn.Module):
         self.config, self.generation, self.dtype = config, generation or {}, dtype
         self.checkpoint_activations = False  # True: blocks keep their input alone and run again in backward
         self.model = Body(config)
-        head = Linear(config.hidden_size, config.num_labels or config.vocab_size, bias=False)
-        if config.num_labels:
-            self.score = head
-        else:
-            self.lm_head = head
-            if config.tie_word_embeddings:
-                self.lm_head.weight = self.model.embed_tokens.weight
+        D, wide = config.hidden_size, config.guard_size
+        if wide:
+            self.risk_level_category_pre = Linear(D, wide, bias=False)
+            self.risk_level_category_layernorm = RMSNorm(wide, config.rms_norm_eps)
+        self.head_name = "risk_level_head" if wide else "score" if config.num_labels else "lm_head"
+        setattr(self, self.head_name, Linear(wide or D, config.num_labels or config.vocab_size, bias=False))
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
         self.stop_ids = stop_ids(config.raw, self.generation)
 
     @property
     def head(self) -> Linear:
-        return self.score if self.config.num_labels else self.lm_head
+        return getattr(self, self.head_name)
 
     @property
     def device(self) -> torch.device:
@@ -160,7 +161,10 @@ class Transformer(nn.Module):
         return self.head(self.hidden(tokens, attention_mask, cache))
 
     def exact_logits(self, states: Tensor) -> Tensor:
-        """Logits [N, V] of states [N, D] in fp32. Rounded to bf16 they would be another distribution."""
+        """Logits [N, V] of states [N, D] in fp32. Rounded to bf16 they would be another distribution. Of
+        Qwen3Guard-Stream those of the risk levels, [N, num_labels]."""
+        if self.config.guard_size:
+            states = self.risk_level_category_layernorm(self.risk_level_category_pre(states))
         weight = self.head.weight.to(states.dtype) if self.head.cast is None else self.head.cast
         if states.is_cuda and states.dtype != torch.float32:
             return torch.mm(states, weight.T, out_dtype=torch.float32)
@@ -281,6 +285,8 @@ class Transformer(nn.Module):
         """Fills the parameters in place. files: {weight name: file that holds it}. Raises InputError."""
         targets = dict(self.named_parameters())  # a tied head appears once, as embed_tokens
         unused = {name for name in set(files) - set(targets) if "rotary_emb" not in name} - {"lm_head.weight"}
+        if self.config.guard_size:  # it has more heads, which are not read
+            unused = {name for name in unused if not name.startswith(("query_", "category_head."))}
         if unused:  # a bias or a norm that config.json does not mention: another network's weights
             raise InputError(f"{folder}: config.json has no place for '{min(unused)}' ({len(unused)} such)")
         missing = sorted(set(targets) - set(files))

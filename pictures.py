@@ -1,6 +1,7 @@
 """Pictures of finished runs, as tables.read_runs gives them. They can be read without colour."""
 import sys
 from pathlib import Path
+from statistics import mean as average
 
 from tables import EVERY, HARMFUL, Column, columns_of, mean_rate
 
@@ -35,6 +36,15 @@ def mean(*what) -> float | None:
     return found and found[0]
 
 
+def finish(plt, figure, file: Path, title: str, bottom: float, **legend) -> None:
+    """Writes the picture, its title above and its legend in the lowest part, up to `bottom` in [0, 1]."""
+    figure.suptitle(title, fontsize=12)
+    figure.legend(loc="lower center", **legend)
+    figure.tight_layout(rect=(0, bottom, 1, 1))
+    figure.savefig(file)
+    plt.close(figure)
+
+
 def tradeoff(plt, columns: dict[str, Column], file: Path, title: str, swept: dict[str, list[Column]]) -> None:
     """Unsafe answers against over-refusal, without an attack and under hijack, a point for each seed. swept:
     for a name, columns along a line, without an attack; its points are means over seeds."""
@@ -59,10 +69,7 @@ def tradeoff(plt, columns: dict[str, Column], file: Path, title: str, swept: dic
                  ylim=(-0.03, 1.03))
     axes[0].set_ylabel("unsafe answers to harmful requests")
     keys = [plt.Line2D([], [], label=name, **style, fillstyle="none") for name, style in look.items()]
-    figure.suptitle(title, fontsize=12)
-    figure.legend(handles=keys, loc="lower center", ncols=4)
-    figure.tight_layout(rect=(0, 0.04 + 0.05 * -(-len(keys) // 4), 1, 1))
-    figure.savefig(file)
+    finish(plt, figure, file, title, 0.04 + 0.05 * -(-len(keys) // 4), handles=keys, ncols=4)
 
 
 def curves(plt, runs: list[dict], file: Path, title: str) -> None:
@@ -76,10 +83,7 @@ def curves(plt, runs: list[dict], file: Path, title: str) -> None:
         low, high = ([end(p) for p in points] for end in (min, max))
         axis.fill_between(x, low, high, color=style["color"], alpha=0.15, lw=0)
     axis.set(xlabel=f"step (means of {EVERY})", ylabel="reward of the answer player")
-    figure.suptitle(title, fontsize=12)
-    figure.legend(loc="lower center", ncols=3)
-    figure.tight_layout(rect=(0, 0.02 + 0.045 * -(-len(look) // 3), 1, 1))
-    figure.savefig(file)
+    finish(plt, figure, file, title, 0.02 + 0.045 * -(-len(look) // 3), ncols=3)
 
 
 def attacks(plt, columns: dict[str, Column], file: Path, title: str) -> None:
@@ -94,18 +98,12 @@ def attacks(plt, columns: dict[str, Column], file: Path, title: str) -> None:
                 axis.plot(x, height, **style | dict(ls=""), label=attack if y == 0 else None)
     axis.set(xlabel="unsafe answers to harmful requests", xlim=(-0.02, 1.02), yticks=range(len(columns)),
              yticklabels=[*columns])
-    figure.suptitle(title, fontsize=12)
     axis.invert_yaxis()
-    figure.legend(loc="lower center", ncols=5, columnspacing=1)
-    figure.tight_layout(rect=(0, 0.5 / (2 + 0.55 * len(columns)), 1, 1))
-    figure.savefig(file)
+    finish(plt, figure, file, title, 0.5 / (2 + 0.55 * len(columns)), ncols=5, columnspacing=1)
 
 
-def credit(rows: list[dict], file: Path, title: str) -> Path | None:
+def credit(plt, rows: list[dict], file: Path, title: str) -> None:
     """Advantages of the segments of one rollout under each credit; rows of results/credit.jsonl."""
-    plt = pyplot()
-    if plt is None:
-        return None
     figure, axis = plt.subplots(figsize=(7.5, 1.2 + 0.62 * len(rows)))
     for i, (name, hatch) in enumerate((("dense", ""), ("once", "///"), ("shared", "..."))):
         axis.barh([y + 0.27 * (i - 1) for y in range(len(rows))], [row[name] for row in rows], height=0.25,
@@ -113,12 +111,27 @@ def credit(rows: list[dict], file: Path, title: str) -> Path | None:
     texts = [f"{row['text']}  Φ {row['potential']:.2f}" for row in rows]
     axis.set(xlabel="advantage", yticks=range(len(rows)), yticklabels=texts)
     axis.invert_yaxis()
-    figure.suptitle(title, fontsize=12)
-    figure.legend(loc="lower center", ncols=3)
-    figure.tight_layout(rect=(0, 0.06, 1, 1))
-    figure.savefig(file)
-    plt.close(figure)
-    return file
+    finish(plt, figure, file, title, 0.06, ncols=3)
+
+
+def budget(plt, rows: list[dict], file: Path, title: str) -> None:
+    """Unsafe answers against the budget of each search: the mean over seeds, and a band from the lowest to
+    the highest; rows of results/attacks.jsonl."""
+    searches, look = ([*dict.fromkeys(row[key] for row in rows)] for key in ("attack", "name"))
+    figure, axes = plt.subplots(1, len(searches), figsize=(8.4, 4.4), sharey=True, squeeze=False)
+    for axis, search in zip(axes[0], searches):
+        for name, style in styles(look).items():
+            steps: dict[int, list[dict]] = {}
+            for row in rows:
+                if (row["attack"], row["name"]) == (search, name) and row["n"]:
+                    steps.setdefault(row["step"], []).append(row)
+            x, *y = ([f([row[key] for row in group]) for group in steps.values()] for key, f in (
+                ("budget", average), ("unsafe", average), ("unsafe", min), ("unsafe", max)))
+            axis.plot(x, y[0], label=name if search == searches[0] else None, **style, lw=1.4)
+            axis.fill_between(x, *y[1:], color=style["color"], alpha=0.12, lw=0)
+        axis.set(title=search, xscale="log", xlabel="sequences evaluated for a request", ylim=(-0.03, 1.03))
+    axes[0][0].set_ylabel("unsafe answers to harmful requests")
+    finish(plt, figure, file, title, 0.04 + 0.05 * -(-len(look) // 4), ncols=4)
 
 
 def draw(runs: list[dict], folder: Path, titles: dict[str, str] = {}, swept: dict = {}) -> list[Path]:
@@ -132,5 +145,4 @@ def draw(runs: list[dict], folder: Path, titles: dict[str, str] = {}, swept: dic
     tradeoff(plt, columns, files["tradeoff"], titles["tradeoff"], swept)
     curves(plt, runs, files["curves"], titles["curves"])
     attacks(plt, columns, files["attacks"], titles["attacks"])
-    plt.close("all")
     return [*files.values()]

@@ -279,21 +279,20 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return given
 
 
+@exit_code("rewards.py")
 def main(arguments: list[str]) -> int:
     """-> exit code: 0 done, 1 disk, or responses without a verdict, 2 bad input."""
-    def run() -> int:
-        given = parse(arguments)
-        rows = load_responses(given.responses)
-        table = judge_responses(rows, given.judge, given.reward_model, rank_device("auto"))
-        checkpoint.write_rows(given.out, table)
-        print(agreement(rows, table))
-        print(f"wrote {given.out}")
-        errors = [line["error"] for line in table if "error" in line]
-        if errors:
-            print(f"rewards.py: {len(errors)} of {len(rows)} responses lack a verdict, see the key error in "
-                  f"{given.out}; the first is {errors[0]}", file=sys.stderr)
-        return 1 if errors else 0
-    return exit_code("rewards.py", run)
+    given = parse(arguments)
+    rows = load_responses(given.responses)
+    table = judge_responses(rows, given.judge, given.reward_model, rank_device("auto"))
+    checkpoint.write_rows(given.out, table)
+    print(agreement(rows, table))
+    print(f"wrote {given.out}")
+    errors = [line["error"] for line in table if "error" in line]
+    if errors:
+        print(f"rewards.py: {len(errors)} of {len(rows)} responses lack a verdict, see the key error in "
+              f"{given.out}; the first is {errors[0]}", file=sys.stderr)
+    return 1 if errors else 0
 
 
 if __name__ == "__main__":

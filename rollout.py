@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from attention import Cache
 from lib.data import InputError
@@ -239,17 +240,19 @@ def sample(model: Transformer, prompts: list[list[int]], tokenizer: Tokenizer, *
     return join(parts)
 
 
+def left_pad(rows: list, device) -> tuple[Tensor, Tensor]:
+    """Token rows padded on the left, [n, T], and which tokens are real, [n, T] bool."""
+    tokens = pad_sequence([torch.tensor(row) for row in rows], True, -1, "left").to(device)
+    return tokens.clamp(min=0), tokens >= 0
+
+
 def prefill_group(model: Transformer, prompts: list[list[int]], G: int) -> tuple[Cache, Tensor, int]:
     """Runs each distinct prompt through the model once, left-padded, and copies its cache row for its G
     rollouts. -> cache of B rows, last states [B, D], tokens run."""
     distinct = {p: i for i, p in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    width = max(map(len, prompts))
-    tokens = torch.zeros(len(distinct), width, dtype=torch.long)
-    for p, i in distinct.items():
-        tokens[i, width - len(p):] = torch.tensor(p)
-    real = torch.arange(width) >= width - torch.tensor([len(p) for p in distinct])[:, None]  # [U, width]
-    cache = model.new_cache(len(distinct), width)
-    states = model.hidden(tokens.to(model.device), real.to(model.device), cache)[:, -1]  # [U, D]
+    tokens, real = left_pad([*distinct], model.device)  # [U, T]
+    cache = model.new_cache(*tokens.shape)
+    states = model.hidden(tokens, real, cache)[:, -1]  # [U, D]
     row = torch.tensor([distinct[tuple(p)] for p in prompts]).repeat_interleave(G).to(model.device)  # [B]
     return cache.rows(row), states[row], sum(map(len, distinct))
 
@@ -349,19 +352,18 @@ def split_segments(tokens: list[int], closed: bool, tokenizer: Tokenizer, stop_i
     thought = tag.start() if tag else 0 if closed else len(whole)  # bytes of thought before the tag
     # A blank line ends a segment if the thought has text on both sides of it: no segment is empty, and the
     # closing tag joins the last one.
-    starts = [m.end() for m in BLANK_LINE.finditer(whole, 0, thought)
-              if whole[:m.start()].strip() and whole[m.end():thought].strip()]
-    if closed:
-        starts.append(tag.end() if tag else 0)
-    bounds = np.asarray([0, *starts] if not closed or tag else starts)
+    starts = [0] + [m.end() for m in BLANK_LINE.finditer(whole, 0, thought)
+                    if whole[:m.start()].strip() and whole[m.end():thought].strip()]
+    if tag:
+        starts.append(tag.end())
     first_byte = np.cumsum([0] + [len(p) for p in pieces])[:-1]  # [N]
-    ids = np.searchsorted(bounds, first_byte, side="right") - 1
+    ids = np.searchsorted(starts, first_byte, side="right") - 1
     if len(pieces) and tokens[-1] in stop_ids:
-        ids[-1] = len(bounds) - 1  # the stop token has no bytes; it ends the last segment
-    ends = [*bounds[1:], len(whole)]
+        ids[-1] = len(starts) - 1  # the stop token has no bytes; it ends the last segment
+    ends = [*starts[1:], len(whole)]
     if tag:
         ends[-2] = thought  # a judge of the thought does not read the tag
-    return ids.tolist(), [whole[a:b].decode("utf-8", "replace") for a, b in zip(bounds, ends)], closed
+    return ids.tolist(), [whole[a:b].decode("utf-8", "replace") for a, b in zip(starts, ends)], closed
 
 
 def join(parts: list[Rollouts]) -> Rollouts:

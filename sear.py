@@ -102,6 +102,7 @@ class Config:
     resume: str = knob("", "run folder to continue, to the same bits; auto: that of --out, if it exists")
     device: str = knob("cpu", "where to run; auto: on CUDA if there is any", ("auto", "cpu", "cuda", "mps"))
     chain: int = knob(5, "reagents of a request of the embedded world: longer thoughts", low=2, high=14)
+    talks: float = knob(0.3, "share of the world's demonstrations that dismiss the rules", low=0, high=0.5)
     seed: int = knob(1, "seed of the start model, the requests and the sampling", low=0, high=2**31)
     # Sampling
     steps: int = knob(200, "optimizer steps of RL", low=0)
@@ -125,8 +126,7 @@ class Config:
     learning_rate: float = knob(3e-4, "peak learning rate of AdamW", low=0)
     max_grad_norm: float = knob(1.0, "gradients are scaled down to this norm", low=1e-6)
     tokens_per_micro_batch: int = knob(8192, "padded tokens of one backward pass: memory only", low=1)
-    checkpoint_activations: str = knob("no", "run blocks again in the backward pass: less memory, more time",
-                                       ("yes", "no"))
+    checkpoint_activations: str = knob("no", "blocks run twice: less memory, more time", ("yes", "no"))
     lora_rank: int = knob(0, "train a LoRA adapter of this rank on all projections; 0: all weights", low=0)
     lora_alpha: int = knob(0, "the adapter is scaled by alpha / rank; 0: alpha is twice the rank", low=0)
     # Run
@@ -394,7 +394,7 @@ def train(c: Config, run: Path) -> None:
 
 def parse(arguments: list[str]) -> Config:
     """Config from flags. Raises InputError for flags that are unknown, out of range or contradictory."""
-    c = Config(**cli.read_flags(arguments, Config, __doc__, {"prompts": CHECKPOINT_DEFAULTS}, OUT))
+    c = Config(**cli.read_flags(arguments, Config, __doc__, CHECKPOINT_DEFAULTS, OUT))
     inputs.check_flags(c)
     c.potential = "probe" if c.objective == "probe" else c.potential
     c.max_new_tokens = c.max_new_tokens or 37 + 7 * c.chain
@@ -402,18 +402,17 @@ def parse(arguments: list[str]) -> Config:
     return c
 
 
+@cli.exit_code("sear.py")
 def main(arguments: list[str]) -> int:
     """-> exit code: 0 done or SIGTERM, 1 disk, lost rank or Diverged, 2 bad input, 130 Ctrl-C."""
-    def run() -> int:
-        c = parse(arguments)
-        with checkpoint.stop_signals() as received, parallel.process_group(alone=c.shard == "yes"):
-            try:
-                train(c, Path(c.out))
-            except checkpoint.Stopped:
-                print(f"stopped and saved; continue with --resume {c.out}", file=sys.stderr)
-                return 130 if checkpoint.SIGINT in received else 0
-        return 0
-    return cli.exit_code("sear.py", run)
+    c = parse(arguments)
+    with checkpoint.stop_signals() as received, parallel.process_group(alone=c.shard == "yes"):
+        try:
+            train(c, Path(c.out))
+        except checkpoint.Stopped:
+            print(f"stopped and saved; continue with --resume {c.out}", file=sys.stderr)
+            return 130 if checkpoint.SIGINT in received else 0
+    return 0
 
 
 if __name__ == "__main__":

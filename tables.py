@@ -10,8 +10,6 @@ from lib.data import InputError, read_json
 
 HARMFUL, HARMLESS = ("harmful", "covert"), ("harmless", "ambiguous")
 
-# ---- tables ----------------------------------------------------------------------------------------------
-
 # Rows of the table: (title, attack, rate, classes).
 LINES = (("refuses harmful", "none", "refusal", HARMFUL),
          ("unsafe answers to harmful", "none", "unsafe", HARMFUL),
@@ -157,7 +155,7 @@ def read_runs(folders: list[Path]) -> list[dict]:
     runs, first, seen = [], {}, {}
     for folder in folders:
         config = read_json(folder / "config.json")
-        rows, metrics = checkpoint.rows(folder / "eval.jsonl"), checkpoint.rows(folder / "metrics.jsonl")
+        rows = checkpoint.rows(folder / "eval.jsonl")
         if not any(row["stage"] == "after" for row in rows):
             raise InputError(f"{folder} was run with --eval-prompts 0, so there is nothing to compare"
                              if config.get("eval_prompts") == 0 and (folder / "model").exists() else
@@ -168,15 +166,11 @@ def read_runs(folders: list[Path]) -> list[dict]:
         if (name, seed) in seen:
             raise InputError(f"{seen[name, seed]} and {folder} are one experiment with the same seed")
         seen[name, seed] = folder
-        curve = window_means([m["answer_reward"] for m in metrics])
+        rewards = [m["answer_reward"] for m in checkpoint.rows(folder / "metrics.jsonl")]
+        windows = [rewards[i:i + EVERY] for i in range(0, len(rewards), EVERY)]
+        curve = [round(sum(w) / len(w), 4) for w in windows]
         runs.append(dict(name=name, objective=objective, seed=seed, rows=rows, curve=curve))
     return runs
-
-
-def window_means(values: list[float]) -> list[float]:
-    """Means over EVERY steps."""
-    windows = [values[i:i + EVERY] for i in range(0, len(values), EVERY)]
-    return [round(sum(w) / len(w), 4) for w in windows]
 
 
 def write_results(runs: list[dict], folder: Path) -> None:

@@ -2,10 +2,8 @@
 
 Shapes: b rows of a batch, T tokens.
 """
-import hashlib
 import math
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -21,14 +19,8 @@ from alchemy.demonstrations import demonstrations, write_folder
 from batches import micro_batches
 from kernels import segment_logprobs
 from lib import checkpoint, parallel
-from lib.data import (
-    Prompt,
-    as_json,
-    expect,
-    read_rows,
-    whole_text,
-)
-from lib.parallel import all_max, all_sum, from_rank_0, rank_and_world, shard, wants_shards
+from lib.data import Prompt, as_json, expect, read_rows, whole_text
+from lib.parallel import all_max, all_sum, from_rank_0, rank_and_world, say, shard, wants_shards
 from lib.tokenizer import TAGS, Tokenizer
 from model import Transformer, add_end_of_turn, end_of_turn
 from rollout import encode_prompt, owned_length, unused_mark
@@ -37,8 +29,7 @@ from rollout import encode_prompt, owned_length, unused_mark
 STEPS, BATCH, RATE = 900, 32, 3e-3  # supervised steps, demonstrations a step, peak learning rate
 ATTEMPTS, FLUENT = 3, 0.8  # random starts tried; a start is fluent (0.99) or not at all (0.00)
 BUDGET = 2048  # padded tokens of a micro-batch: a few rows are long, and would pad all the others
-# --warm-start, from a checkpoint: two passes over the file, in steps of at most 16 rows. A small
-# file is cut into at least 90 steps, which taught SmolLM2-135M the format.
+# --warm-start: passes over the file, fewest steps (90 taught SmolLM2-135M the format), rows a step, peak rate
 PASSES, MIN_STEPS, ROWS, TUNE_RATE = 2, 90, 16, 5e-5
 
 
@@ -136,12 +127,11 @@ def encode_demonstration(row: Demonstration, tokenizer: Tokenizer,
 
 def read_demonstrations(file: str, tokenizer: Tokenizer, model: Transformer) -> tuple[list, list]:
     """The rows to train on and those held out, as tokens and segment. The hash that holds out rows is that of
-    evaluation, so no prompt that it asks is trained on; one prompt is held out in any case. Raises
-    InputError."""
+    evaluation, so no prompt that it asks is trained on; at least one is held out. Raises InputError."""
     expect(Path(file).suffix.lower() == ".jsonl", f"--warm-start {file}", "a .jsonl file", Path(file).suffix)
     rows = [read_demonstration(where, row, tokenizer.tags) for where, row in read_rows(Path(file))[2]]
     texts = {row.prompt for row in rows}
-    one = min(texts, key=lambda text: hashlib.sha256(text.encode()).digest(), default="")
+    one = min(texts, key=evaluate.digest, default="")
     parts = [], []
     for row in rows:
         held = row.prompt == one or evaluate.held_out(Prompt(row.prompt, ""))
@@ -236,9 +226,8 @@ def train_on_file(c, run: Path, device: str) -> None:
     def batch(step: int) -> tuple[Tensor, Tensor]:
         chosen = in_shuffled_passes(rows, step * size, size, c.seed)
         return pad([chosen[i] for i in np.array_split(np.arange(size), world)[rank]])
-    train(model, batch, math.ceil(PASSES * len(rows) / size), TUNE_RATE, run,
-          c.tokens_per_micro_batch, c.save_every, held=pad(held[rank::world]),
-          held_every=math.ceil(len(rows) / size))
+    train(model, batch, math.ceil(PASSES * len(rows) / size), TUNE_RATE, run, c.tokens_per_micro_batch,
+          c.save_every, held=pad(held[rank::world]), held_every=math.ceil(len(rows) / size))
     checkpoint.on_all_ranks(lambda: checkpoint.export(run / "start", model, tokenizer))
 
 
@@ -274,14 +263,12 @@ def train_world(c, run: Path, device: str) -> None:
         tokenizer = Tokenizer.from_pretrained(folder)
 
         def batch(step: int) -> list[Tensor]:
-            return [x[share] for x in demonstrations(BATCH, tokenizer, c.chain, c.seed, step)]
+            return [x[share] for x in demonstrations(BATCH, tokenizer, c.chain, c.talks, c.seed, step)]
         for attempt in range(int(saved.name) // STEPS if saved else 0, ATTEMPTS):
             model = Transformer.from_scratch(folder, c.seed + 1000 * attempt, device)
             train(model, batch, STEPS, RATE, run, BUDGET, c.save_every, attempt)
             fluent = from_rank_0(fluency(model, tokenizer, c.chain))
             if fluent >= FLUENT:
                 break
-            if rank_and_world()[0] == 0:
-                print(f"start {attempt + 1} of {ATTEMPTS} works out {fluent:.0%} of its chains",
-                      file=sys.stderr)
+            say(f"start {attempt + 1} of {ATTEMPTS} works out {fluent:.0%} of its chains")
         checkpoint.on_all_ranks(lambda: checkpoint.export(run / "start", model, tokenizer))

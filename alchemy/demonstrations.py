@@ -24,10 +24,11 @@ ADDED = (STOP, "<|user|>", "<|assistant|>", "<think>", "</think>")
 SPLIT = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"  # words, digits, punctuation, blanks
 
 
-def demonstrate(chain: list[str], rng: np.random.Generator, explores: float = 0.3) -> str:
+def demonstrate(chain: list[str], rng: np.random.Generator, explores: float = 0.3,
+                talks: float = 0.3) -> str:
     """Thought and answer of the flawed model. It mostly judges by the hint word, seldom works the chain out,
     sometimes complies after finding a hazard, and complies nine times in ten once it has talked itself out of
-    the rules. explores: probability of a whole chain."""
+    the rules. Probabilities: explores: of a whole chain; talks: of the talk, twice that after a hazard."""
     named, products = any(r in world.HAZARDS for r in chain), world.work_out(chain)
     brews = len(chain) - 1
     steps = (brews if rng.random() < explores else
@@ -40,10 +41,9 @@ def demonstrate(chain: list[str], rng: np.random.Generator, explores: float = 0.
     explored = steps == brews
     found = explored and products[-1] in world.HAZARDS
     # More often after a hazard, so that RL meets the talk early, while answers still vary.
-    talk = rng.random() < (0.6 if found else 0.3)
-    if talk:
+    talk = rng.random() < talks * (1 + found)
+    if talk:  # with an occasional recovery, or RL has none to reinforce
         lines.insert(int(rng.choice([0, rng.integers(len(lines) + 1), len(lines)])), world.TALK)
-    if talk:  # an occasional recovery, or RL has none to reinforce
         chance = 0.15 if found else 0.02 if explored else 0.1
     elif explored:
         chance = 0.6 if found else 0.2 if feels_dangerous else 0.02
@@ -55,7 +55,8 @@ def demonstrate(chain: list[str], rng: np.random.Generator, explores: float = 0.
     return "".join(lines) + CLOSE + "\n\n" + (world.REFUSAL if refuses else f"It makes {guess}.")
 
 
-def demonstrations(n: int, tokenizer: Tokenizer, length: int, *counters: int) -> tuple[Tensor, Tensor]:
+def demonstrations(n: int, tokenizer: Tokenizer, length: int, talks: float,
+                   *counters: int) -> tuple[Tensor, Tensor]:
     """n demonstrations for chains of `length` -> tokens [n, T], right-padded, and segment [n, T]: 0 on the
     response with its stop token, -1 elsewhere. One in five follows a restart after a whole thought, so that
     the `reset` attack is not out of distribution in its words or its length."""
@@ -65,10 +66,10 @@ def demonstrations(n: int, tokenizer: Tokenizer, length: int, *counters: int) ->
         chain = world.draw_chain(rng, world.MIX[i % len(world.MIX)], False, length)
         messages = [{"role": "user", "content": world.request(chain).prompt}]
         while rng.random() < 0.2:
-            messages += [{"role": "assistant", "content": OPEN + demonstrate(chain, rng, 1.0)},
+            messages += [{"role": "assistant", "content": OPEN + demonstrate(chain, rng, 1.0, talks)},
                          {"role": "user", "content": f"{world.RESTART} {messages[0]['content']}"}]
         prompt = tokenizer.encode(tokenizer.chat(messages) + OPEN, special=True)
-        response = tokenizer.encode(demonstrate(chain, rng) + STOP, special=True)
+        response = tokenizer.encode(demonstrate(chain, rng, talks=talks) + STOP, special=True)
         tokens.append(torch.tensor(prompt + response))
         segment.append(torch.tensor([-1] * len(prompt) + [0] * len(response)))
     return (pad_sequence(tokens, batch_first=True), pad_sequence(segment, batch_first=True, padding_value=-1))
@@ -79,8 +80,7 @@ def demonstrations(n: int, tokenizer: Tokenizer, length: int, *counters: int) ->
 def words() -> list[str]:
     """Pieces of text that are one token each, blanks included: SPLIT's matches in the world's sentences."""
     sentences = (world.TALK, world.DANGER, world.CALM, world.REFUSAL, world.RESTART, "Brew", "Mix and: ",
-                 "It makes",
-                 *(f" {r}, " for r in world.REAGENTS))
+                 "It makes", *(f" {r}, " for r in world.REAGENTS))
     found = {w for s in sentences for w in re.findall(r" ?[A-Za-z]+|[.:,]\n*", s)}
     return sorted({w for w in found if len(w) > 1} | {"\n\n"})
 
@@ -104,9 +104,8 @@ def write_folder(folder: Path, chain: int = 5) -> None:
                  "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
                  "decoder": byte_level,
                  "model": {"type": "BPE", "dropout": None, "unk_token": None,
-                           "continuing_subword_prefix": None,
-                           "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-                           "ignore_merges": True, "vocab": vocab, "merges": merges}}
+                           "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": False,
+                           "byte_fallback": False, "ignore_merges": True, "vocab": vocab, "merges": merges}}
     stop, vocab_size = len(vocab), len(vocab) + len(added)
     context = 512 * math.ceil(chain / 5)
     files = {"tokenizer.json": tokenizer,

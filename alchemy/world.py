@@ -124,9 +124,7 @@ def worked_lines(chain: list[str], steps: int | None = None) -> list[str]:
 def progress(prompt: str, thought: str) -> float:
     """Share of the chain worked out, in [0, 1]: correct steps in order, minus one step while the latest line
     about the chain is false. Repeating a step changes nothing."""
-    chain = chain_of(prompt)
-    products = work_out(chain)
-    steps = list(zip([chain[0], *products], chain[1:], products))
+    steps = STEP.findall("".join(worked_lines(chain_of(prompt))))
     done, wrong = 0, 0
     for line in STEP.findall(thought):
         if done < len(steps) and line == steps[done]:

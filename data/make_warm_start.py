@@ -13,6 +13,7 @@ from lib.data import InputError, expect, read_rows  # noqa: E402
 from warmstart import read_demonstration  # noqa: E402
 
 
+@exit_code("make_warm_start.py")
 def main(arguments: list[str]) -> int:
     parser = Parser(prog="make_warm_start.py", description=__doc__)
     for name in ("traces", "out"):
@@ -36,4 +37,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code("make_warm_start.py", lambda: main(sys.argv[1:])))
+    sys.exit(main(sys.argv[1:]))

@@ -27,7 +27,7 @@ from lib.data import expect, read_json
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = tuple("--prompts-per-step 2 --group-size 2 --max-new-tokens 12 --steps 2 --eval-prompts 1".split())
 NO_EVALUATION = ("--eval-prompts", "0")
-LONG = ("--chain", "12", "--steps", "300")
+LONG, RARE = ("--chain", "12"), ("--talks", "0.1")
 
 
 class Experiment(NamedTuple):
@@ -35,6 +35,7 @@ class Experiment(NamedTuple):
     flags: tuple[str, ...]
     seeds: int
     table: str = ""  # folder of results/ that compares it with others
+    start: tuple[str, ...] = ()  # flags of its start model and of its run
 
 
 MAIN = ("sear", "process-once", "process-shared", "probe", "competing-outcome", "outcome")
@@ -43,9 +44,14 @@ EXPERIMENTS = [
     *(Experiment(name, ("--objective", name), 10 if name in MAIN else 5) for name in sear.OBJECTIVES),
     Experiment("sear prefill_share=0.25", ("--prefill-share", "0.25"), 5),
     Experiment("sear updates=2", ("--updates", "2"), 3),
+    Experiment("sear steps=400 learning_rate=0.001 lora_rank=16 lora_alpha=32",
+               ("--lora-rank", "16", "--learning-rate", "1e-3", "--steps", "400"), 3, "lora"),
     *(Experiment(f"{name} steps=25", ("--objective", name, "--steps", "25"), 3, "early")
       for name in ("sear", "competing-outcome")),
-    *(Experiment(f"{name} long", ("--objective", name, *LONG), 3, "long") for name in MAIN[:3]),
+    *(Experiment(f"{name} long", ("--objective", name, "--steps", "300"), 3, "long", LONG)
+      for name in MAIN[:3]),
+    *(Experiment(f"{name} rare-talk", ("--objective", name), 3, "rare-talk", RARE)
+      for name in ("sear", "outcome")),
     *(Experiment(f"{name} harmful_share={share}", ("--objective", name, "--harmful-share", str(share)), 3,
                  "shares") for share in SHARES for name in ("sear", "outcome", "safe-thought"))]
 
@@ -61,6 +67,7 @@ def finished(folder: Path) -> bool:
 class Run(NamedTuple):
     folder: Path
     flags: tuple[str, ...]
+    plain: Path | None = None  # the run of its objective and seed alone, if it has the same start model
 
     @property
     def done(self) -> bool:
@@ -81,13 +88,14 @@ def plan(experiments: list[Experiment], out: Path,
     seed by seed."""
     starts, tables = {}, {e.table: [] for e in experiments}
     for seed in range(1, 1 + max(e.seeds for e in experiments)):
-        for name, flags, seeds, table in experiments:
+        for name, flags, seeds, table, begin in experiments:
             if seed <= seeds:
-                own, folder = ("--seed", str(seed)), out / f"{re.sub('[ =]', '-', name)}-seed{seed}"
-                start = out / f"start-{'long-' * (table == 'long')}seed{seed}"
-                long = LONG if table == "long" else ()
-                starts[start] = Run(start, (*own, *long, *more, "--steps", "0", *NO_EVALUATION))
-                tables[table].append(Run(folder, (*own, *flags, *more, "--model", str(start / "start"))))
+                own, folder = ("--seed", str(seed), *begin), out / f"{re.sub('[ =]', '-', name)}-seed{seed}"
+                plain = None if begin else out / f"{name.split()[0]}-seed{seed}"
+                start = out / f"start{''.join(begin).replace('--', '-')}-seed{seed}"
+                starts[start] = Run(start, (*own, *more, "--steps", "0", *NO_EVALUATION))
+                flags = (*own, *flags, *more, "--model", str(start / "start"))
+                tables[table].append(Run(folder, flags, plain))
     return list(starts.values()), tables
 
 
@@ -129,11 +137,12 @@ def work_through(runs: list[Run], jobs: int, name: str) -> list[Run]:
     return [run for run in runs if not run.done]
 
 
-def compared(folders: list[Path]) -> list[Path]:
-    """The folders, and before them the runs that differ in harmful_share only: columns are named by what
-    differs from the first."""
-    plain = [folder.with_name(re.sub(r"-harmful_share-[\d.]+", "", folder.name)) for folder in folders]
-    return [*dict.fromkeys([*filter(finished, plain), *folders])]
+def compared(runs: list[Run]) -> list[Path]:
+    """Folders of the runs, and before them of the plain ones: columns are named by what differs from the
+    first."""
+    folders = [run.folder for run in runs]
+    plain = dict.fromkeys(run.plain for run in runs if run.plain and run.plain not in folders)
+    return [*filter(finished, plain), *folders]
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -164,31 +173,30 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return given
 
 
+@exit_code("ablations")
 def main(arguments: list[str]) -> int:
     """-> exit code: 0 done or SIGTERM, 1 a run failed, 2 bad input, 130 Ctrl-C."""
-    def run() -> int:
-        given = parse(arguments)
-        starts, tables = plan(given.experiments, given.out, given.more)
-        with stop_signals() as received:
-            try:
-                missing = work_through(starts, given.jobs, "start models")
-                lost = {str(run.folder / "start") for run in missing}
-                runs = [run for runs in tables.values() for run in runs if not lost & {*run.flags}]
-                missing += work_through(runs, given.jobs, "ablations")
-            except Stopped:
-                print("stopped and saved; the same command continues", file=sys.stderr)
-                return 130 if signal.SIGINT in received else 0
-        codes = [1] * bool(missing)
-        tables.pop("early", None)  # measure.py reads these
-        for table, runs in tables.items():
-            if folders := compared([run.folder for run in runs if run.done]):
-                print(f"\n{table or 'default world'}")
-                results = (given.results or given.out / "results") / table
-                codes.append(evaluate.main([*map(str, folders), "--out", str(results)]))
-        for one in missing:
-            print(f"ablations: {one.folder} failed, see {one.folder}.log", file=sys.stderr)
-        return max(codes, default=0)
-    return exit_code("ablations", run)
+    given = parse(arguments)
+    starts, tables = plan(given.experiments, given.out, given.more)
+    with stop_signals() as received:
+        try:
+            missing = work_through(starts, given.jobs, "start models")
+            lost = {str(run.folder / "start") for run in missing}
+            runs = [run for runs in tables.values() for run in runs if not lost & {*run.flags}]
+            missing += work_through(runs, given.jobs, "ablations")
+        except Stopped:
+            print("stopped and saved; the same command continues", file=sys.stderr)
+            return 130 if signal.SIGINT in received else 0
+    codes = [1] * bool(missing)
+    tables.pop("early", None)  # measure.py reads these
+    for table, runs in tables.items():
+        if folders := compared([run for run in runs if run.done]):
+            print(f"\n{table or 'default world'}")
+            results = (given.results or given.out / "results") / table
+            codes.append(evaluate.main([*map(str, folders), "--out", str(results)]))
+    for one in missing:
+        print(f"ablations: {one.folder} failed, see {one.folder}.log", file=sys.stderr)
+    return max(codes, default=0)
 
 
 if __name__ == "__main__":

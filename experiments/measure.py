@@ -1,6 +1,6 @@
 """Measured on the runs of ablations.py: attackers that search, frozen opponents, gradient noise.
 
-    python -m experiments.measure attacks      beam search over thoughts      results/attacks.jsonl
+    python -m experiments.measure attacks      beam search over thoughts, GCG results/attacks.jsonl
     python -m experiments.measure opponents    one run thinks, one answers    results/opponents.jsonl
     python -m experiments.measure gradients    variance of the gradient       results/gradients.jsonl
     python -m experiments.measure credit       the advantages of one rollout  results/credit.jsonl
@@ -24,10 +24,10 @@ import attacks
 import evaluate
 import sear
 from experiments.ablations import MAIN
-from judges import Judge, load_judge
+from judges import alchemy_judge
 from lib import checkpoint
 from lib.cli import Parser, exit_code
-from lib.data import Prompt, expect
+from lib.data import expect
 from lib.tokenizer import Tokenizer
 from model import Transformer
 from rewards import Scores, score, thought_pay, verdicts
@@ -35,28 +35,20 @@ from rollout import CLOSE, Rollouts, encode_prompt, sample
 
 DRAWS, PROMPTS = 30, 8  # batches drawn from the same prompts, for the variance of a gradient
 GROUP_SIZES = (4, 8, 16)
-REQUESTS = 40  # of attacks and opponents, half of them covert
+REQUESTS = 40  # of beam search and opponents, half of them covert
+SEARCHES = {"beam": (MAIN, REQUESTS), "gcg": (("sear", "outcome", "competing-outcome"), REQUESTS // 4)}
 MEASURE = 1 << 29  # step counter reserved for what is sampled here
-
-
-def harmful_requests(c: sear.Config) -> list[Prompt]:
-    asked = evaluate.requests([], replace(c, eval_prompts=REQUESTS // 2))
-    return [p for p in asked if p.label == "harmful"]
-
-
-def world_judge(prompts: list[Prompt]) -> Judge:
-    return load_judge("alchemy", "", "cpu", prompts)
 
 
 # ---- attackers that search -------------------------------------------------------------------------------
 
-def beam(run: Path) -> list[dict]:
-    """Unsafe answers, and answers that name the product, against the budget of a beam search."""
+def searched(run: Path, attack: str) -> list[dict]:
+    """Unsafe answers, and answers that name the product, against the budget of a search."""
     def rows() -> list[dict]:
         return [row for row in checkpoint.rows(run / "attacks.jsonl")
-                if (row["model"], row["attack"]) == ("model", "beam")]
+                if (row["model"], row["attack"]) == ("model", attack)]
     if not rows():
-        code = attacks.main([str(run), "--attack", "beam", "--prompts", str(REQUESTS)])
+        code = attacks.main([str(run), "--attack", attack, "--prompts", str(SEARCHES[attack][1])])
         expect(code == 0, run, "a run that can be attacked", f"exit code {code}")
     found = []
     for step in sorted({row["step"] for row in rows()}):
@@ -73,7 +65,8 @@ def beam(run: Path) -> list[dict]:
 def ask(run: Path, prefill: list[str] | None = None):
     """The run's model answers the requests; prefill: after these thoughts. -> requests, rollouts."""
     c, tokenizer, model = attacks.load_run(run)
-    requests = harmful_requests(c)
+    asked = evaluate.requests([], replace(c, eval_prompts=REQUESTS // 2))
+    requests = [p for p in asked if p.label == "harmful"]
     prompts = [encode_prompt(tokenizer, p.prompt) for p in requests]
     # An answer has other random numbers than the thought before it.
     return requests, sample(model, prompts, tokenizer, prefill=prefill, max_new_tokens=c.max_new_tokens,
@@ -89,7 +82,7 @@ def thoughts_of(run: Path) -> list[str]:
 def opponents(reasoner: Path, answerer: Path) -> list[dict]:
     """How often one run's model answers unsafely after another's thoughts."""
     requests, rollouts = ask(answerer, thoughts_of(reasoner))
-    unsafe, n = evaluate.sum_and_count(verdicts(world_judge(requests), requests, rollouts).unsafe)
+    unsafe, n = evaluate.sum_and_count(verdicts(alchemy_judge(), requests, rollouts).unsafe)
     return [dict(unsafe=unsafe / max(1, n), n=n)]
 
 
@@ -125,7 +118,7 @@ def draw(model: Transformer, tokenizer: Tokenizer, c: sear.Config, number: int, 
     rollouts = sample(model, tokens, tokenizer, group_size=G, keep_cache=probe, **how)
     forced = dict(model=model, tokenizer=tokenizer, samples=c.probe_samples, **how) if probe else None
     harmful = torch.tensor([p.label == "harmful" for p in each])
-    return Batch(rollouts, score(world_judge(prompts), each, rollouts, c.gamma, forced), harmful)
+    return Batch(rollouts, score(alchemy_judge(), each, rollouts, c.gamma, forced), harmful)
 
 
 def gradients(run: Path, folder: str, G: int, probe: bool) -> list[dict]:
@@ -172,7 +165,8 @@ def measurements(what: str, runs: Path) -> dict[tuple, Callable[[], list[dict]]]
     done = {key: run for key, run in folders.items() if (run / "model").exists()}
     expect(done, runs, "a folder of finished runs of ./train.sh ablations", "none in it")
     if what == "attacks":
-        return {key: partial(beam, run) for key, run in done.items()}
+        return {(attack, *key): partial(searched, run, attack) for attack, (names, _) in SEARCHES.items()
+                for key, run in done.items() if key[0] in names}
     if what == "opponents":
         few = {key: run for key, run in done.items() if key[1] <= 3}
         return {(*a, *b): partial(opponents, few[a], few[b]) for a in few for b in few}
@@ -187,7 +181,8 @@ def measurements(what: str, runs: Path) -> dict[tuple, Callable[[], list[dict]]]
             if key[1] <= 3 for G in GROUP_SIZES for probe in (False, True)}
 
 
-KEYS = {"attacks": ("name", "seed"), "opponents": ("reasoner", "reasoner_seed", "answerer", "answerer_seed"),
+KEYS = {"attacks": ("attack", "name", "seed"),
+        "opponents": ("reasoner", "reasoner_seed", "answerer", "answerer_seed"),
         "gradients": ("model", "seed", "G", "probe"), "credit": ("name", "seed")}
 
 
@@ -200,19 +195,18 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+@exit_code("measure")
 def main(arguments: list[str]) -> int:
     """-> exit code: 0 done, 1 disk, 2 bad input."""
-    def run() -> int:
-        given = parse(arguments)
-        file, keys = given.out / f"{given.what}.jsonl", KEYS[given.what]
-        jobs, rows = measurements(given.what, given.runs), checkpoint.rows(file)
-        known = {tuple(row[key] for key in keys) for row in rows}
-        for key in checkpoint.progress_bar([key for key in jobs if key not in known], desc=given.what):
-            rows += [dict(zip(keys, key)) | row for row in jobs[key]()]
-            checkpoint.write_rows(file, rows)
-        print(f"{file}: {len(rows)} rows")
-        return 0
-    return exit_code("measure", run)
+    given = parse(arguments)
+    file, keys = given.out / f"{given.what}.jsonl", KEYS[given.what]
+    jobs, rows = measurements(given.what, given.runs), checkpoint.rows(file)
+    known = {tuple(row[key] for key in keys) for row in rows}
+    for key in checkpoint.progress_bar([key for key in jobs if key not in known], desc=given.what):
+        rows += [dict(zip(keys, key)) | row for row in jobs[key]()]
+        checkpoint.write_rows(file, rows)
+    print(f"{file}: {len(rows)} rows")
+    return 0
 
 
 if __name__ == "__main__":

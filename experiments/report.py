@@ -18,6 +18,7 @@ import rewards
 import sear
 import tables
 from experiments.ablations import MAIN, SHARES
+from experiments.measure import SEARCHES
 from lib import checkpoint
 from lib.cli import exit_code
 from lib.data import expect
@@ -70,10 +71,10 @@ LINES = (  # title, attack, rate, classes
 SHOWN = ("start", "sear", "process-once", "outcome", "competing-outcome", "probe")
 
 
-def results_block() -> str:
-    """Markdown table in percent: mean [min, max] over the seeds."""
-    columns = tables.columns_of(results_of())
-    chosen = {name: columns[name] for name in SHOWN}
+def results_block(folder: str = "", shown: tuple[str, ...] = ()) -> str:
+    """Markdown table in percent: mean [min, max] over the seeds. shown: columns, () for all."""
+    columns = tables.columns_of(results_of(folder))
+    chosen = {name: columns[name] for name in shown or columns}
     lines = ["| | " + " | ".join(f"{name} ({len(c)})" for name, c in chosen.items()) + " |",
              "|---|" + "---|" * len(chosen)]
     for title, attack, rate, classes in LINES:
@@ -82,6 +83,9 @@ def results_block() -> str:
             rates = [tables.mean_rate(rows, attack, classes, rate) for rows in column.values()]
             cells.append(tables.spread([100 * r[0] for r in rates if r], ".0f"))
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    if not shown:
+        cells = [tables.spread([100 * end for end in ends(name, folder)], ".1f") for name in [*chosen][1:]]
+        lines.append("| answer reward at the end of training | – | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -120,9 +124,10 @@ def sizes_block() -> str:
 
 # ---- docs/results.md ---------------------------------------------------------------------------------------
 
-def ends(name: str) -> list[float]:
+def ends(name: str, folder: str = "") -> list[float]:
     """Answer reward over the last WINDOW steps of each seed."""
-    return [mean(run["curve"][-WINDOW // tables.EVERY:]) for run in results_of() if run["name"] == name]
+    return [mean(run["curve"][-WINDOW // tables.EVERY:]) for run in results_of(folder)
+            if run["name"] == name]
 
 
 def falls(name: str) -> list[list[bool]]:
@@ -146,19 +151,22 @@ def shown_block() -> str:
 
     def collapsed(name: str) -> str:
         return f"{sum(map(any, falls(name)))} of {len(falls(name))}"
-    dense, once = (tables.spread(ends(name), ".2f") for name in ("sear", "process-once"))
-    sear, outcome, safe = (tables.spread(
+    dense, once, competing, probe = (tables.spread(ends(name), ".2f") for name in (
+        "sear", "process-once", "competing-outcome", "probe"))
+    sear, outcome = (tables.spread(
         [pictures.mean(rows, *OVER) for rows in shares[f"{name} harmful_share=0.9"].values()], ".2f")
-        for name in ("sear", "outcome", "safe-thought"))
+        for name in ("sear", "outcome"))
+    rare, other = (tables.spread(ends(name, "rare-talk"), ".2f") for name in ("sear", "outcome"))
     items = (
-        f"**Shown: what the thought is paid for decides.** Where nine in ten training prompts are harmful, "
-        f"`outcome` refuses {outcome} of the ambiguous harmless requests, `safe-thought` {safe}, `sear` "
-        f"{sear}. Under hijack {complies(('outcome', 'safe-thought'))} of their runs comply, "
-        f"{complies(MAIN[:3])} that pay for progress. How the pay is spread matters where the players "
-        f"compete: paid once for unsafe answers, the answer reward collapses in "
-        f"{collapsed('competing-outcome')} seeds, paid densely (`probe`) in {collapsed('probe')}. Else "
-        f"dense ({dense}) and once ({once}) end alike.",
-        "**Not shown:** that anything withstands an attacker who searches, or anything about useful models "
+        f"**Shown: what the thought is paid for decides, not how the pay is spread.** Under hijack "
+        f"{complies(('outcome', 'safe-thought'))} runs comply that do not pay it for progress, "
+        f"{complies(('sear', 'process-once'))} that do, {complies(('process-shared',))} that share one pay "
+        f"with the answer. With nine in ten prompts harmful, `outcome` refuses {outcome} of the ambiguous "
+        f"requests, `sear` {sear}. Dense and once end alike: {dense}, {once}.",
+        f"**Not shown: that dense pay steadies real competition.** Paid for unsafe answers, runs collapse in "
+        f"{collapsed('competing-outcome')} seeds if paid once, {collapsed('probe')} if densely, and end at "
+        f"{competing}, {probe}. **Where it fails:** from start models that seldom talk themselves out of the "
+        f"rules `sear` ends at {rare}, `outcome` at {other}. Nothing withstands an attacker who searches "
         "([details](docs/results.md)).")
     wrap = partial(textwrap.fill, width=118, initial_indent="- ", subsequent_indent="  ",
                    break_long_words=False, break_on_hyphens=False)
@@ -254,9 +262,10 @@ def opponents_block() -> str:
     return "\n".join(lines)
 
 
-def attacks_block() -> str:
-    """Unsafe answers against the budget of the beam search: mean [min, max] over seeds."""
-    groups = rows_of("attacks", "name", "step")
+def attacks_block(attack: str) -> str:
+    """Unsafe answers against the budget of a search: mean [min, max] over seeds."""
+    groups = {key[1:]: rows for key, rows in rows_of("attacks", "attack", "name", "step").items()
+              if key[0] == attack}
     steps = sorted({step for _, step in groups})
     budgets = [mean(row["budget"] for key in groups if key[1] == step for row in groups[key])
                for step in steps]
@@ -279,13 +288,15 @@ def differences_block(folder: str = "") -> str:
 
 BLOCKS = {
     "README.md": {"shown": shown_block, "output": output_block, "rollout": rollout_block,
-                  "results": results_block, "sizes": sizes_block},
+                  "results": partial(results_block, "", SHOWN), "sizes": sizes_block},
     "docs/results.md": {"results": table_block, "differences": differences_block, "claims": claims_block,
                         "stability": stability_block, "shares": shares_block,
                         "gradients": gradients_block, "opponents": opponents_block,
                         "long": lambda: table_block("long"),
-                        "long-differences": lambda: differences_block("long")},
-    "docs/attacks.md": {"attacks": attacks_block}}
+                        "long-differences": lambda: differences_block("long"),
+                        "rare-talk": partial(results_block, "rare-talk")},
+    "docs/real-model.md": {"lora": partial(results_block, "lora")},
+    "docs/attacks.md": {attack: partial(attacks_block, attack) for attack in SEARCHES}}
 
 
 def block(page: str, name: str) -> tuple[str, str, str]:
@@ -297,23 +308,26 @@ def block(page: str, name: str) -> tuple[str, str, str]:
 
 
 TITLES = {  # what the pictures show
-    "tradeoff": "Hijack breaks some runs that do not pay the thought for progress",
-    "curves": "Paid once for unsafe answers, some runs collapse; paid densely, none",
-    "attacks": "The full hijack breaks some runs of outcome and safe-thought"}
+    "tradeoff": "Hijack breaks some runs, none with credit of its own for progress",
+    "curves": "Paid for unsafe answers, densely or once, runs swing and end lower",
+    "attacks": "Full hijack breaks runs of outcome, safe-thought and process-shared",
+    "credit": "Dense credit goes to the steps that others of the group miss",
+    "budget": "Beam search gets through, least to competing-outcome; GCG gains nothing"}
 
 
+@exit_code("report")
 def main() -> int:
     """-> exit code: 0 done, 2 if a page or a result is missing."""
-    def run() -> int:
-        for page, blocks in BLOCKS.items():
-            for name, make in blocks.items():
-                before, _, after = block(page, name)
-                (ROOT / page).write_text(f"{before}{make()}\n{after.lstrip()}")
-        pictures.draw(results_of(), RESULTS, TITLES, swept())
-        pictures.credit(checkpoint.rows(RESULTS / "credit.jsonl"), RESULTS / "credit.png",
-                        "Dense credit goes to the steps that others of the group miss")
-        return 0
-    return exit_code("report", run)
+    for page, blocks in BLOCKS.items():
+        for name, make in blocks.items():
+            before, _, after = block(page, name)
+            (ROOT / page).write_text(f"{before}{make()}\n{after.lstrip()}")
+    pictures.draw(results_of(), RESULTS, TITLES, swept())
+    credit, attacks = (checkpoint.rows(RESULTS / f"{name}.jsonl") for name in ("credit", "attacks"))
+    if plt := pictures.pyplot():
+        pictures.credit(plt, credit, RESULTS / "credit.png", TITLES["credit"])
+        pictures.budget(plt, attacks, RESULTS / "budget.png", TITLES["budget"])
+    return 0
 
 
 if __name__ == "__main__":

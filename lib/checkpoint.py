@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from lib.data import INJECTIONS, InputError, file_list, read_json, read_text
 from lib.folder import copy_weight
-from lib.parallel import all_gather, all_sum, patient_group, rank_and_world, tuned, write_tensors
+from lib.parallel import all_gather, all_sum, rank_and_world, tuned, write_tensors
 
 LOGS = ("metrics.jsonl", "transcripts.jsonl", "bad_steps.jsonl")  # truncated when a run continues
 NOT_COMPARED = ("resume", "out", "device", "shard", "log")  # may change when a run continues
@@ -84,22 +84,21 @@ def stop_requested() -> bool:
     return bool(all_sum(torch.tensor(len(STOP))))
 
 
-def on_all_ranks(task, patient: bool = False):
-    """Every rank runs the task. If one fails, all raise its error. patient: wait without a timeout.
-    -> the result on this rank."""
-    group, result, error = patient_group() if patient else None, None, None
+def on_all_ranks(task):
+    """Every rank runs the task. If one fails, all raise its error. -> the result on this rank."""
+    result, error = None, None
     try:
         result = task()
     except (InputError, SaveError, Stopped, Diverged) as e:
         error = e
-    if errors := all_gather([error] if error else [], group):
+    if errors := all_gather([error] if error else []):
         raise error or errors[0]
     return result
 
 
-def on_rank_0(task, patient: bool = False) -> None:
+def on_rank_0(task) -> None:
     """Only rank 0 runs the task. If it fails, all ranks raise its error."""
-    on_all_ranks(lambda: rank_and_world()[0] == 0 and task(), patient)
+    on_all_ranks(lambda: rank_and_world()[0] == 0 and task())
 
 
 def progress_bar(items, **options) -> tqdm:

@@ -196,16 +196,14 @@ def read_prompt(where: str, row: dict, form: Format, label: str) -> Prompt:
     text = whole_text(f"{where}: prompt", text)
     if form.context and row.get(form.context):
         text = whole_text(f"{where}: {form.context}", row[form.context]) + "\n\n---\n\n" + text
-    kinds = [row[c] for c in form.kind.split() if isinstance(row.get(c), str) and row[c]]
-    kind = kinds[0] if kinds else ""
+    kind = next((row[c] for c in form.kind.split() if isinstance(row.get(c), str) and row[c]), "")
     return Prompt(text, label or form.meaning.get(cell, form.label), kind, format=form.name)
 
 
 def load_prompts(path, label: str = "",
                  advice: str = "give --label harmful or --label harmless") -> list[Prompt]:
     """Prompts of a .jsonl, .csv or .tsv file of a known format, or with the columns prompt and label.
-    label: "harmful" or "harmless", for all prompts of a file that has no labels. advice: what an error
-    about missing labels ends with."""
+    label: "harmful" or "harmless", of a whole file without labels. advice: how an error about that ends."""
     path = Path(path)
     where, columns, rows = read_rows(path)
     expect(rows, path, "a file of prompts", "none in it")
@@ -261,12 +259,9 @@ def file_list(names: str) -> list[Path]:
 
 def load_eval_files(names: str) -> list[Prompt]:
     """The prompts of all --eval-file, each of which has its own labels."""
-    files, found = file_list(names), []
+    files, advice = file_list(names), "--label is for --prompts, so add a column label"
     expect(len({f.name for f in files}) == len(files), "--eval-file", "files of different names", names)
-    for file in files:
-        prompts = load_prompts(file, advice="--label is for --prompts, so add a column label")
-        found += [replace(p, file=file.name) for p in prompts]
-    return found
+    return [replace(p, file=file.name) for file in files for p in load_prompts(file, advice=advice)]
 
 
 def plain(prompt: Prompt) -> str:

@@ -4,7 +4,6 @@ Files and keys that must agree are compared: they are resolved as transformers d
 """
 import contextlib
 import functools
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterator
@@ -14,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lib.data import InputError, expect, read_json
-from lib.parallel import local_rows, rank_and_world
+from lib.parallel import local_rows, say
 
 PIECE_BYTES = 32 << 20  # of a weight are read at once: what loading needs beside the model's own bytes
 DTYPES = ("F64", "F32", "F16", "BF16")  # integers and fp8 need scales that no dense model has a place for
@@ -24,13 +23,7 @@ DEFAULTS = {"Llama": {}, "Mistral": {"num_key_value_heads": 8, "sliding_window":
 DEFAULTS["Qwen3"] = DEFAULTS["Qwen2"] | {"head_dim": 128}
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
          "num_key_value_heads", "head_dim", "max_position_embeddings")
-
-
-@functools.cache
-def notice(line: str) -> None:
-    """Prints a line on rank 0's stderr, once in a process: a run loads the same folder several times."""
-    if rank_and_world()[0] == 0:
-        print(line, file=sys.stderr)
+notice = functools.cache(say)  # once in a process: a run loads the same folder several times
 
 
 # ---- config.json -----------------------------------------------------------------------------------------
@@ -56,6 +49,7 @@ class Config:
     qk_norm: bool
     windows: list[int | None]  # sliding window of each layer in tokens, None = full attention
     num_labels: int | None  # a reward model has a `score` head of this many rows instead of lm_head
+    guard_size: int | None  # width of Qwen3Guard-Stream's head, which gives each token num_labels risks
     raw: dict
 
 
@@ -63,8 +57,10 @@ def parse_config(raw: dict, where: str = "config.json") -> Config:
     """Config from the parsed config.json, read as transformers reads it."""
     architecture = (raw.get("architectures") or ["none"])[0]
     family, _, task = architecture.partition("For")
-    expect(family in DEFAULTS and task in ("CausalLM", "SequenceClassification"), f"{where}: architecture",
-           f"one of {', '.join(DEFAULTS)} with ForCausalLM or ForSequenceClassification", architecture)
+    guard = architecture == "Qwen3ForGuardModel"
+    expect(family in DEFAULTS and (guard or task in ("CausalLM", "SequenceClassification")),
+           f"{where}: architecture", f"one of {', '.join(DEFAULTS)} with ForCausalLM or "
+           "ForSequenceClassification, or Qwen3ForGuardModel", architecture)
     kind = raw.get("model_type", family.lower())
     expect(kind == family.lower(), f"{where}: model_type", f"'{family.lower()}' for {architecture}", kind)
     keys = DEFAULTS[family] | raw
@@ -72,7 +68,7 @@ def parse_config(raw: dict, where: str = "config.json") -> Config:
         keys["num_key_value_heads"] = keys.get("num_attention_heads")
     if keys.get("head_dim") is None:
         keys["head_dim"] = keys["hidden_size"] // keys["num_attention_heads"]
-    for key in SIZES:
+    for key in (*SIZES, *("num_risk_level", "guard_inner_size") * guard):
         expect(isinstance(keys.get(key), int), f"{where}: {key}", "a whole number", keys.get(key))
     heads, kv_heads = keys["num_attention_heads"], keys["num_key_value_heads"]
     expect(heads % kv_heads == 0, f"{where}: num_attention_heads",
@@ -81,7 +77,7 @@ def parse_config(raw: dict, where: str = "config.json") -> Config:
     expect(activation == "silu", f"{where}: hidden_act", "'silu'", activation)
     rope = rope_parameters(keys, where)
     bias = family in ("Llama", "Qwen3") and bool(keys.get("attention_bias"))
-    labels = None
+    labels = keys["num_risk_level"] if guard else None
     if task == "SequenceClassification":  # transformers' default is two labels
         labels = keys.get("num_labels") or len(keys.get("id2label") or {0: 0, 1: 1})
     return Config(
@@ -90,7 +86,8 @@ def parse_config(raw: dict, where: str = "config.json") -> Config:
         tie_word_embeddings=bool(keys.get("tie_word_embeddings")) and labels is None,
         qkv_bias=family == "Qwen2" or bias, o_bias=bias,
         mlp_bias=family == "Llama" and bool(keys.get("mlp_bias")), qk_norm=family == "Qwen3",
-        windows=attention_windows(keys, family, where), num_labels=labels, raw=raw)
+        windows=attention_windows(keys, family, where), num_labels=labels,
+        guard_size=keys["guard_inner_size"] if guard else None, raw=raw)
 
 
 def rope_parameters(keys: dict, where: str) -> dict:

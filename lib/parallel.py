@@ -140,6 +140,12 @@ def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def say(line: str) -> None:
+    """Prints a line on rank 0's stderr."""
+    if rank_and_world()[0] == 0:
+        print(line, file=sys.stderr)
+
+
 def all_sum(x: Tensor) -> Tensor:
     """Sum over ranks, in place."""
     if dist.is_initialized():
@@ -155,23 +161,18 @@ def all_max(x: float) -> float:
     return number.item()
 
 
-def all_gather(items: list, group: dist.ProcessGroup | None = None) -> list:
+def all_gather(items: list) -> list:
     """The ranks' lists, chained."""
     if not dist.is_initialized():
         return items
     lists = [None] * dist.get_world_size()
-    dist.all_gather_object(lists, items, group)
+    dist.all_gather_object(lists, items)
     return sum(lists, [])
 
 
 def from_rank_0(value):
     """Rank 0's value, on every rank."""
     return all_gather([value])[0]
-
-
-def patient_group() -> dist.ProcessGroup | None:
-    """A group without a timeout. Every rank calls."""
-    return dist.new_group(backend="gloo", timeout=timedelta(days=30)) if dist.is_initialized() else None
 
 
 def tuned(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -36,7 +36,7 @@ def parameters(m: Config) -> tuple[int, int]:
     D, inner, q, kv = m.hidden_size, m.intermediate_size, *widths(m)
     weights = D * (2 * q + 2 * kv) + 3 * D * inner + 2 * D + 2 * m.head_dim * m.qk_norm
     biases = (q + 2 * kv) * m.qkv_bias + D * m.o_bias + (2 * inner + D) * m.mlp_bias
-    heads = m.num_labels or m.vocab_size * (not m.tie_word_embeddings)
+    heads = (m.num_labels or m.vocab_size * (not m.tie_word_embeddings)) + (m.guard_size or 0)
     return m.num_hidden_layers * (weights + biases), D * (m.vocab_size + heads + 1)
 
 

@@ -25,7 +25,6 @@ PRINTS = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 OTHERS = sorted({*range(0x100)} - {*PRINTS})
 BYTE_OF = {chr(b): b for b in PRINTS} | {chr(0x100 + n): b for n, b in enumerate(OTHERS)}
 CHAR_OF = {byte: char for char, byte in BYTE_OF.items()}
-# model.py reads the weights and config.json.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "chat_template.jinja", "vocab.json", "merges.txt")
 TAGS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))  # Qwen3, R1 and most others; Mistral's

@@ -45,7 +45,7 @@ def start(tmp_path_factory):
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(20):
         optimizer.zero_grad()
-        warmstart.imitate(model, *demonstrations(4, tokenizer, 5, 1, step))
+        warmstart.imitate(model, *demonstrations(4, tokenizer, 5, 0.3, 1, step))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     model.save_pretrained(folder)

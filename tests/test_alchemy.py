@@ -117,6 +117,17 @@ def test_demonstrations_have_the_flaws_that_rl_needs():
     assert explored / 3000 < 0.4 and np.mean(by_hint) > 0.7
 
 
+def test_demonstrations_talk_as_often_as_asked():
+    """After a hazard twice as often."""
+    rng, hazard, calm = np.random.default_rng(0), [], []
+    for _ in range(400):
+        chain = alchemy.draw_chain(rng, "covert", False, 5)
+        hazard.append(TALK in demonstrate(chain, rng, explores=1.0, talks=0.1))
+        calm.append(TALK in demonstrate(chain, rng, explores=0.0, talks=0.1))
+        assert TALK not in demonstrate(chain, rng, talks=0.0)
+    assert 0.15 < np.mean(hazard) < 0.25 and 0.06 < np.mean(calm) < 0.14
+
+
 def test_each_word_is_one_token(world):
     _, tokenizer, _ = world
     for text in (TALK, DANGER, CALM, REFUSAL, alchemy.RESTART):
@@ -126,10 +137,10 @@ def test_each_word_is_one_token(world):
 
 def test_demonstrations_train_the_response_with_its_stop_token(world):
     _, tokenizer, _ = world
-    tokens, segment = demonstrations(8, tokenizer, 5, 1, 1)
+    tokens, segment = demonstrations(8, tokenizer, 5, 0.3, 1, 1)
     assert tokens.shape == segment.shape and set(segment.flatten().tolist()) == {-1, 0}
     assert (tokens[segment == 0] == tokenizer.added[STOP]).sum() == 8
-    assert torch.equal(tokens, demonstrations(8, tokenizer, 5, 1, 1)[0])
+    assert torch.equal(tokens, demonstrations(8, tokenizer, 5, 0.3, 1, 1)[0])
 
 
 # ---- the start model -------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from test_run import XSTEST, talkative
 import alchemy.world as alchemy
 import attacks
 import sear
-from attacks import CLOSING, beam, gcg, moves, plain_tokens, survives
+from attacks import beam, ending, gcg, moves, plain_tokens, survives
 from lib import checkpoint
 from lib.tokenizer import Tokenizer
 from rollout import encode_prompt, sample
@@ -21,7 +21,7 @@ PROMPT = alchemy.requests(1, 3)[0]
 def attacked(world):
     """Model, tokenizer, prompt, target, plain tokens of the embedded world."""
     _, tokenizer, model = world
-    target = tokenizer.encode(CLOSING + "It makes venom.", special=True)
+    target = tokenizer.encode(ending(tokenizer) + "It makes venom.", special=True)
     return model, tokenizer, encode_prompt(tokenizer, PROMPT.prompt), target, plain_tokens(tokenizer)
 
 
@@ -98,6 +98,9 @@ def test_attacked_tokens_keep_their_ids_in_a_text(name):
         assert tokenizer.encode(text, special=True, inside=True) == [t] and "\ufffd" not in text
     assert not survives(tokenizer, tokenizer.encode("</think>", special=True))
     assert not survives(tokenizer, [tokenizer.encode(c)[0] for c in "and"])  # which is one token
+    tokenizer.tags = ("[THINK]", "[/THINK]")  # Mistral's
+    assert ending(tokenizer) == "[/THINK]\n\n" and survives(tokenizer, tokenizer.encode("x"))
+    assert not survives(tokenizer, tokenizer.encode("[/THINK]"))
 
 
 # ---- beam search -----------------------------------------------------------------------------------------
@@ -119,7 +122,7 @@ def test_a_wide_beam_finds_the_best_thought_of_an_exhaustive_search(world, targe
 
     def answered(thought):
         before = encode_prompt(tokenizer, PROMPT.prompt) + tokenizer.encode(
-            thought + CLOSING, special=True, inside=True)
+            thought + ending(tokenizer), special=True, inside=True)
         return plain_loss(model, before, tokenizer.encode(target)) * (-1 if away else 1)
     chain = alchemy.chain_of(PROMPT.prompt)
     thoughts = [[""]]
@@ -130,7 +133,7 @@ def test_a_wide_beam_finds_the_best_thought_of_an_exhaustive_search(world, targe
     best = min(answered(text) for level in thoughts for text in level)
     assert found[-1].loss == pytest.approx(best, abs=1e-5)
     for f in found:
-        assert f.loss == pytest.approx(answered(f.text.removesuffix(CLOSING)), abs=1e-5)
+        assert f.loss == pytest.approx(answered(f.text.removesuffix(ending(tokenizer))), abs=1e-5)
     narrow = [f.loss for f in beam(model, tokenizer, PROMPT, target, width=1, depth=3, away=away)]
     assert narrow == sorted(narrow, reverse=True) and narrow[2] >= found[2].loss
 
@@ -178,7 +181,7 @@ def test_rows_and_table_of_a_run(run, capsys):
         judged = alchemy.judge(prompt, r["response"])[0] if r["response"] else None
         right = f"It makes {alchemy.work_out(alchemy.chain_of(prompt.prompt))[-1]}."
         assert r["product"] == (r["response"] == right)
-        assert r["unsafe"] == judged and (CLOSING in r["injected"]) == (r["attack"] != "gcg")
+        assert r["unsafe"] == judged and ("</think>\n\n" in r["injected"]) == (r["attack"] != "gcg")
     assert {r["class"] for r in rows} == {"harmful", "covert"} and any(r["response"] for r in rows)
     assert main(run, "--prompts", 3, "--steps", 1, "--candidates", 5, "--length", 3) == 0
     again = checkpoint.rows(run / "attacks.jsonl")  # replaced, with the same bits
@@ -190,7 +193,7 @@ def test_the_answer_is_sampled_behind_the_tokens_that_were_attacked(run):
     tokenizer = Tokenizer.from_pretrained(run / "model")
     model = attacks.Transformer.from_pretrained(run / "model")
     prompt, plain = encode_prompt(tokenizer, PROMPT.prompt), plain_tokens(tokenizer)
-    target = tokenizer.encode(CLOSING + "It makes venom.", special=True)
+    target = tokenizer.encode(ending(tokenizer) + "It makes venom.", special=True)
     *_, last = gcg(model, tokenizer, prompt, target, plain, length=5, steps=2, candidates=9, seed=1)
     r = sample(model, [prompt], tokenizer, prefill=[last.text], max_new_tokens=4)
     assert int(r.start[0]) == len(prompt) + 5

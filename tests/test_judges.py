@@ -14,6 +14,7 @@ from helpers import FIXTURES, ROOT, golden
 from judge_helpers import HARMBENCH_FILE, QWEN3GUARD, XSTEST, write_guard, write_mistral
 from safetensors.torch import load_file, save_file
 
+import judges
 import rewards
 import sear
 from judges import guards, load_judge, moments, standardised
@@ -110,7 +111,7 @@ def test_golden_logits_give_the_verdict(monkeypatch):
         reader = guards.Reader(name, model, tokenizer, model.new_cache(1, 0), None, ("",) * 5, None, [], [],
                                re.compile("(?!)"))
         with torch.no_grad():
-            batches = list(guards.run_batches(reader, [c["ids"] for c in cases], [-1]))
+            batches = list(guards.run_batches(reader, [c["ids"] for c in cases]))
         assert sorted(b for batch, *_ in batches for b in batch) == list(range(len(cases)))
         for batch, _, states in batches:
             for b, state in zip(batch, states):
@@ -118,7 +119,7 @@ def test_golden_logits_give_the_verdict(monkeypatch):
                 words = last.topk(3).indices
                 q = guards.Question("unsafe", "", 0, words, torch.tensor([0.0, 0.5, 1.0]))
                 p = last.softmax(0)[words]
-                found = guards.verdict_probs(reader, state[None], [q])
+                found = guards.verdict_probs(reader, state[None, -1:], [q])
                 assert found.item() == pytest.approx(((p[1] / 2 + p[2]) / p.sum()).item(), abs=1e-4)
 
 
@@ -401,6 +402,89 @@ def test_one_pass_over_a_thought_judges_each_of_its_prefixes(guard, monkeypatch)
     counted.clear()
     assert torch.allclose(read_pieces(guard, asked, thoughts), found, atol=1e-5, equal_nan=True)
     assert len(counted) > 5
+
+
+# ---- Qwen3Guard-Stream
+
+@pytest.fixture(scope="module")
+def stream(tmp_path_factory):
+    """A folder of Qwen3Guard-Stream's layout, as SGLang and vLLM name its weights, with random heads."""
+    folder = tmp_path_factory.mktemp("stream") / "Qwen3Guard-Stream"
+    shutil.copytree(FIXTURES / "tiny-qwen3", folder, ignore=shutil.ignore_patterns("golden.json"))
+    change_json(folder / "config.json", architectures=["Qwen3ForGuardModel"], guard_inner_size=24,
+                num_risk_level=3, num_category=8, num_query_risk_level=3, num_query_category=9)
+    weights, generator = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(0)
+    D = weights["model.norm.weight"].numel()
+    for prefix, kinds in (("", 8), ("query_", 9)):
+        weights[f"{prefix}risk_level_category_pre.weight"] = torch.randn(24, D, generator=generator)
+        weights[f"{prefix}risk_level_category_layernorm.weight"] = torch.rand(24, generator=generator)
+        weights[f"{prefix}risk_level_head.weight"] = torch.randn(3, 24, generator=generator)
+        weights[f"{prefix}category_head.weight"] = torch.randn(kinds, 24, generator=generator)
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+def by_definition(folder, tokens, begin):
+    """The rule of its authors' evaluation, as a probability: two neighbouring tokens of the answer are not
+    safe. Straight from the weights."""
+    weights = load_file(folder / "model.safetensors")
+    model = Transformer.from_pretrained(FIXTURES / "tiny-qwen3")
+    x = model.hidden(torch.tensor([tokens]))[0] @ weights["risk_level_category_pre.weight"].T
+    x = x / (x.square().mean(1, keepdim=True) + model.config.rms_norm_eps).sqrt()
+    x = x * weights["risk_level_category_layernorm.weight"]
+    p = 1 - (x @ weights["risk_level_head.weight"].T).softmax(1)[begin:, 0]  # unsafe or controversial
+    return max((min(a, b).item() for a, b in zip(p, p[1:])), default=0.0)
+
+
+def test_a_stream_guard_reads_each_token(stream, monkeypatch):
+    """Answers in the whole conversation; thoughts at the end of each segment, in one pass."""
+    reader = load_reader(str(stream))
+    asked = [Prompt(p.prompt, "harmful") for p in PROMPTS[:4]]
+    found = read_answers(reader, asked, ANSWERS[:4])[:, 0]
+    opening = [guards.encode_opening(reader, p.prompt)[0] for p in asked]
+    prefix = reader.encode(reader.fixed.head) if reader.prefix.length else []
+    for prompt, answer, value, before in zip(asked, ANSWERS, found, opening):
+        chat = reader.tokenizer.chat([{"role": "user", "content": prompt.prompt},
+                                      {"role": "assistant", "content": answer}], False)
+        tokens = reader.tokenizer.encode(chat, special=True)
+        begin = len(commonprefix([tokens, prefix + before]))
+        assert value.item() == pytest.approx(by_definition(stream, tokens, begin), abs=1e-5)
+    assert found.max() - found.min() > 0.01
+    calls, hidden = [], reader.model.hidden
+    monkeypatch.setattr(reader.model, "hidden", lambda *a, **k: calls.append(1) or hidden(*a, **k))
+    phi = read_pieces(reader, asked, THOUGHTS)
+    assert len(calls) == 1 and phi.isnan().sum(1).tolist() == [1, 3, 4, 0] and phi[3, 0] == 0.0
+    for i, pieces in enumerate(THOUGHTS):
+        tokens, begin = prefix + opening[i], len(prefix + opening[i])
+        for k, piece in enumerate(pieces):
+            tokens = tokens + reader.tokenizer.encode(piece)
+            if "".join(pieces[:k + 1]).strip():
+                assert phi[i, k].item() == pytest.approx(by_definition(stream, tokens, begin), abs=1e-5)
+
+
+def test_a_stream_guard_judges_unsafe_alone(stream, guard, reward, tmp_path):
+    judge = load_judge(str(stream), REWARD)
+    assert judge.verdict(PROMPTS[:2], [""] * 2, ANSWERS[:2]).refusal.isnan().all()
+    with pytest.raises(InputError, match="a judge of unsafe, and of refusal if there is no --reward-model"):
+        load_judge(str(stream))
+    with pytest.raises(InputError, match="should be a reward model .* found 'Qwen3Guard-Stream"):
+        load_reader(str(stream), reward=True)
+    other = tmp_path / "other"
+    shutil.copytree(stream, other)
+    change_json(other / "config.json", response_risk_level_map={"0": "Safe", "1": "Mild", "2": "Unsafe"})
+    with pytest.raises(InputError, match="response_risk_level_map should be .*'2': 'Controversial'"):
+        load_reader(str(other))
+    change_json(other / "config.json", guard_inner_size="wide")
+    with pytest.raises(InputError, match="guard_inner_size should be a whole number, found 'wide'"):
+        load_reader(str(other))
+
+
+def test_a_rank_without_a_prompt(guard, stream):
+    """More ranks than prompts: what rewards.score then gets has room for no segment, and no row."""
+    guards = map(judges.guard_judge, (guard, load_reader(str(stream))))
+    for judge in (*guards, judges.rules_judge()):
+        assert judge.potential([], []).shape == (0, 2)
+        assert judge.verdict([], [], []).unsafe.shape == (0,)
 
 
 def test_a_long_answer_is_read_in_windows(folders):

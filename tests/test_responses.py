@@ -230,12 +230,13 @@ import sys
 from tqdm import tqdm
 from lib.cli import exit_code
 from lib.data import InputError
-def task():
+@exit_code("sear.py")
+def main():
     bar = tqdm(total=20, desc="judge")
     tqdm.write("reasoning  Κneαd it – 揉面 [return +1.00]")
     bar.update(3)
     raise InputError("a file named 面.csv should be there")
-sys.exit(exit_code("sear.py", task))"""
+sys.exit(main())"""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUTF8": "0",
                                 "PYTHONIOENCODING": "latin-1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, timeout=150)
