@@ -158,11 +158,12 @@ def shown_block() -> str:
         for name in ("sear", "outcome"))
     rare, other = (tables.spread(ends(name, "rare-talk"), ".2f") for name in ("sear", "outcome"))
     items = (
-        f"**Shown: what the thought is paid for decides, not how the pay is spread.** Under hijack "
+        f"**Shown: what the thought is paid for decides, not whether it is paid densely or once** (answer "
+        f"reward at the end {dense}, {once}). Under hijack "
         f"{complies(('outcome', 'safe-thought'))} runs comply that do not pay it for progress, "
         f"{complies(('sear', 'process-once'))} that do, {complies(('process-shared',))} that share one pay "
         f"with the answer. With nine in ten prompts harmful, `outcome` refuses {outcome} of the ambiguous "
-        f"requests, `sear` {sear}. Dense and once end alike: {dense}, {once}.",
+        f"requests, `sear` {sear}.",
         f"**Not shown: that dense pay steadies real competition.** Paid for unsafe answers, runs collapse in "
         f"{collapsed('competing-outcome')} seeds if paid once, {collapsed('probe')} if densely, and end at "
         f"{competing}, {probe}. **Where it fails:** from start models that seldom talk themselves out of the "
