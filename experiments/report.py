@@ -158,17 +158,16 @@ def shown_block() -> str:
         for name in ("sear", "outcome"))
     rare, other = (tables.spread(ends(name, "rare-talk"), ".2f") for name in ("sear", "outcome"))
     items = (
-        f"**Shown: what the thought is paid for decides, not whether it is paid densely or once** (answer "
-        f"reward at the end {dense}, {once}). Under hijack "
-        f"{complies(('outcome', 'safe-thought'))} runs comply that do not pay it for progress, "
-        f"{complies(('sear', 'process-once'))} that do, {complies(('process-shared',))} that share one pay "
-        f"with the answer. With nine in ten prompts harmful, `outcome` refuses {outcome} of the ambiguous "
-        f"requests, `sear` {sear}.",
-        f"**Not shown: that dense pay steadies real competition.** Paid for unsafe answers, runs collapse in "
-        f"{collapsed('competing-outcome')} seeds if paid once, {collapsed('probe')} if densely, and end at "
-        f"{competing}, {probe}. **Where it fails:** from start models that seldom talk themselves out of the "
-        f"rules `sear` ends at {rare}, `outcome` at {other}. Nothing withstands an attacker who searches "
-        "([details](docs/results.md)).")
+        f"**Shown: dense or once is the same where the players do not compete** (answer reward {dense}, "
+        f"{once}). Most hijacks succeed in {complies(('outcome', 'safe-thought'))} runs that pay the thought "
+        f"the answer's reward (`outcome`, `safe-thought`), {complies(('sear', 'process-once'))} of `sear` "
+        f"and `process-once`, {complies(('process-shared',))} of `process-shared`. With nine in ten prompts "
+        f"harmful, `outcome` refuses {outcome} of the ambiguous requests, `sear` {sear}.",
+        f"**Not shown: that dense pay steadies competition.** Where unsafe answers pay the thought, "
+        f"{collapsed('competing-outcome')} runs collapse if paid once, {collapsed('probe')} if densely; they "
+        f"end at {competing}, {probe}. **Where it fails:** from start models that seldom dismiss the "
+        f"rules `sear` ends at {rare}, `outcome` at {other}. A search breaks each objective tried in "
+        "some seed ([details](docs/results.md)).")
     wrap = partial(textwrap.fill, width=118, initial_indent="- ", subsequent_indent="  ",
                    break_long_words=False, break_on_hyphens=False)
     return "\n".join(map(wrap, items))
@@ -313,7 +312,7 @@ TITLES = {  # what the pictures show
     "curves": "Paid for unsafe answers, densely or once, runs swing and end lower",
     "attacks": "Full hijack breaks runs of outcome, safe-thought and process-shared",
     "credit": "Dense credit goes to the steps that others of the group miss",
-    "budget": "Beam search gets through, least to competing-outcome; GCG gains nothing"}
+    "budget": "Beam search gets through, least to competing-outcome; GCG gains little"}
 
 
 @exit_code("report")
