@@ -482,7 +482,7 @@ if __name__ == "__main__":  # under torchrun: rank 1 is killed before the restar
         Signal("sear", "rollout_step", 4)(int(os.environ["RANK"]))
     elif os.environ["RANK"] == "0":
         time.sleep(2)  # so that rank 1 comes first and finds what the dead ranks left in torchrun's store
-    sys.exit(sear.main(sys.argv[1:]))
+    parallel.end(sear.main(sys.argv[1:]))
 
 
 def test_without_mps_the_run_is_on_the_cpu_and_says_so(capsys):
