@@ -74,7 +74,8 @@ def test_columns_have_the_names_of_the_experiments(tmp_path):
 
 def test_runs_are_stopped_continued_and_compared(folder, capsys):
     """SIGTERM while the first run works; the same command finishes it."""
-    flags = ["--quick", "--out", str(folder), "--only", "sear"]
+    # Sixty steps, so that the run is not over before the signal reaches it.
+    flags = [*ablations.QUICK, "--steps", "60", "--seeds", "1", "--out", str(folder), "--only", "sear"]
     process = subprocess.Popen([sys.executable, "-m", "experiments.ablations", *flags], cwd=ROOT, text=True,
                                stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
     end = time.time() + 60
@@ -88,7 +89,7 @@ def test_runs_are_stopped_continued_and_compared(folder, capsys):
     printed = capsys.readouterr().out
     assert "default world" in printed and "| start | sear |" in printed
     assert ablations.finished(folder / "sear-seed1")
-    assert len(checkpoint.rows(folder / "sear-seed1/metrics.jsonl")) == 2
+    assert len(checkpoint.rows(folder / "sear-seed1/metrics.jsonl")) == 60
     assert [run["name"] for run in read_results(folder / "results")] == ["sear"]
 
 
