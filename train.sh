@@ -72,7 +72,11 @@ test)
     has "$python" ruff hypothesis xdist || "$python" -m pip install --quiet -r "$here/requirements-dev.txt"
     cd "$here" && "$python" -m ruff check --quiet . || exit
     # A process for each core, at most four; a file's tests share their fixtures, so they stay together.
-    OMP_NUM_THREADS=1 exec "$python" -m pytest -q -n auto --maxprocesses 4 --dist loadfile "$@"
+    export OMP_NUM_THREADS=1
+    "$python" -m pytest -q -n auto --maxprocesses 4 --dist loadfile "$@" && exit || code=$?
+    [ "$code" = 1 ] || exit "$code"
+    echo "train.sh: what failed runs again by itself, since ranks that start beside other tests can time out" >&2
+    exec "$python" -m pytest -q --last-failed --last-failed-no-failures none "$@"
     ;;
 ablations)
     shift
