@@ -162,8 +162,8 @@ def shown_block() -> str:
         f"{once}). Most hijacks succeed in {complies(('outcome', 'safe-thought'))} runs that pay the thought "
         f"the answer's reward (`outcome`, `safe-thought`), {complies(('sear', 'process-once'))} of `sear` "
         f"and `process-once`, {complies(('process-shared',))} of `process-shared`. With nine in ten prompts "
-        f"harmful, `outcome` refuses {outcome} of the ambiguous requests, `sear` {sear}.",
-        f"**Not shown: that dense pay steadies competition.** Where unsafe answers pay the thought, "
+        f"harmful, `outcome` refuses {outcome} of ambiguous requests, `sear` {sear}.",
+        f"**Not shown: that dense pay steadies competition.** With the thought paid for unsafe answers, "
         f"{collapsed('competing-outcome')} runs collapse if paid once, {collapsed('probe')} if densely; they "
         f"end at {competing}, {probe}. **Where it fails:** from start models that seldom dismiss the "
         f"rules `sear` ends at {rare}, `outcome` at {other}. A search breaks each objective tried in "
