@@ -33,13 +33,14 @@ import warmstart
 from attention import Cache
 from judges import Judge
 from lib import checkpoint
+from lib.chat import add_end_of_turn, check_length, encode_prompt
 from lib.cli import Parser, exit_code
 from lib.data import InputError, Prompt, expect
 from lib.parallel import rank_device
 from lib.tokenizer import Tokenizer
-from model import Transformer, add_end_of_turn
+from model import Transformer
 from rewards import verdicts
-from rollout import check_length, encode_prompt, left_pad, prefill_group, sample
+from rollout import left_pad, prefill_group, sample
 from tables import interval
 
 STEPS = {"gcg": 32, "beam": 6, "mislead": 6}  # swaps of a token; lines of a thought

@@ -32,10 +32,11 @@ from batches import micro_batch, pack
 from inputs import load_start
 from judges import load_judge
 from lib import checkpoint, cli
+from lib.chat import encode_prompt
 from lib.parallel import rank_device
 from lib.tokenizer import Tokenizer
 from model import Transformer, read_configs
-from rollout import encode_prompt, sample
+from rollout import sample
 
 PAGE = Path(__file__).parent / "docs/speed.md"
 QWEN2 = dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2", vocab_size=64_000, hidden_size=512,

@@ -24,13 +24,14 @@ import alchemy.world as alchemy
 import pictures
 from judges import Judge, Verdict
 from lib import checkpoint, parallel
+from lib.chat import CLOSE, check_length, encode_prompt
 from lib.cli import Parser, exit_code
 from lib.data import Prompt, load_injections
 from lib.parallel import all_gather, all_max, all_sum, rank_and_world, unsharded
 from lib.tokenizer import Tokenizer
 from model import Transformer
 from rewards import MALFORMED, Scores, verdicts
-from rollout import CLOSE, Rollouts, check_length, encode_prompt, sample, uniforms
+from rollout import Rollouts, sample, uniforms
 from tables import HARMFUL, best_stage, columns_of, differences, read_runs, table, write_results
 
 ATTACKS = ("none", "prefill", "hijack", "hijack-short", "reset", "mirror")

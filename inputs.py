@@ -8,13 +8,14 @@ from alchemy.demonstrations import write_folder
 from judges import JUDGES, Judge, load_judge
 from judges.guards import read_spec
 from lib import plan, watch
+from lib.chat import add_end_of_turn, check_length, closing_tokens, encode_prompt
 from lib.data import InputError, Prompt, describe, expect, load_eval_files, load_prompts, without
 from lib.parallel import say
 from lib.tokenizer import Tokenizer
 from lora import add_adapter
-from model import Transformer, add_end_of_turn, compute_type, read_configs
+from model import Transformer, compute_type, read_configs
 from rewards import PROBE_TOKENS
-from rollout import check_length, closing_tokens, encode_prompt, thought_cut
+from rollout import thought_cut
 from warmstart import in_shuffled_passes, load_model, load_tokenizer, read_demonstrations
 
 

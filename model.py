@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from attention import Cache, Packed, attend, attention_dtype, causal_mask, rope_tables, rotate
-from lib.data import InputError, expect
+from lib.data import InputError
 from lib.folder import Config, copy_weight, notice, parse_config, read_configs, stop_ids, tied, weight_files
 from lib.parallel import rank_and_world, write_tensors
 
-__all__ = ["Cache", "Config", "Linear", "RMSNorm", "Transformer", "add_end_of_turn", "parse_config",
-           "read_configs"]
+__all__ = ["Cache", "Config", "Linear", "RMSNorm", "Transformer", "parse_config", "read_configs"]
 
 INIT_STD = 0.05  # of a model from scratch, which is always the embedded world's: 96 wide
 
@@ -312,26 +311,3 @@ class Transformer(nn.Module):
         for name, content in (("config.json", raw), ("generation_config.json", self.generation)):
             if content and rank_and_world()[0] == 0:
                 (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-
-
-def end_of_turn(tokenizer) -> int | None:
-    """The added token that the chat template writes after an answer, None without one. Raises InputError if
-    the template drops the answer."""
-    answer = "answer 40917"
-    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
-    text = tokenizer.chat(messages, generation_prompt=False)
-    expect(answer in text, f"{tokenizer.folder}: the chat template", "one that renders answers", text)
-    after = tokenizer.encode(text.rpartition(answer)[2].lstrip(), special=True)
-    return after[0] if after and after[0] in tokenizer.added.values() else None
-
-
-def add_end_of_turn(model: Transformer, tokenizer) -> None:
-    """Adds end_of_turn to model.stop_ids. A base model that was fine-tuned to chat often keeps the old
-    eos_token_id, and would then never stop."""
-    token = end_of_turn(tokenizer)
-    if token is None or token in model.stop_ids:
-        return
-    model.stop_ids.append(token)
-    model.generation["eos_token_id"] = [*model.stop_ids]  # saved with the trained model
-    notice(f"{tokenizer.folder.resolve()}: the chat template ends an answer with "
-           f"{tokenizer.decode([token])!r}, which is now a stop token; eos_token_id does not name it")

@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from attention import Cache
+from lib.chat import check_length, closing_tokens
 from lib.data import InputError
 from lib.tokenizer import Tokenizer
 from model import Transformer
 
-OPEN, CLOSE = "<think>\n", "</think>"  # of most models, and of the embedded world; see Tokenizer.tags
 BLANK_LINE = re.compile(rb"\n(?:[ \t\r]*\n)+")
-BEFORE, MESSAGE = "\ue000answer\ue000", "\ue000message\ue000"  # private-use marks to find text in a template
+BLOCK = 512  # tokens whose probabilities are summed first
 MIN_ROWS = 16  # smaller matmuls round differently, and a rollout must not depend on the size of its batch
 LIVE_SHARE = 0.75  # below it finished rows are dropped from the batch
 LOOK_EVERY = {"cpu": 1, "cuda": 16, "mps": 16}  # tokens between looks at what has ended: a GPU waits
@@ -106,72 +106,34 @@ def uniforms(*counters) -> np.ndarray:
     return (h >> np.uint64(11)).astype(np.float64) * 2.0 ** -53
 
 
+@torch.no_grad()
 def sample_token(logits: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Inverse CDF. logits [B, V], u [B] float64 -> token [B], its log-prob [B] fp32.
 
-    The sum runs in float64: in fp32 at V = 152k the cumulative sum stalls in its tail, and u can select a
-    token of probability zero. u is scaled by the last sum, which need not be exactly 1."""
+    First a block of the vocabulary, then a token in it, so that the cumulative sums are short and float64 is
+    cheap: one fp32 sum over V = 152k stalls in its tail, and u can select a token of probability zero."""
     if logits.device.type == "mps":  # it has no float64
         return tuple(x.to(logits.device) for x in sample_token(logits.cpu(), u, temperature))
     logprob = torch.log_softmax(logits.float() / temperature, -1)  # [B, V]
-    cdf = logprob.double().exp_().cumsum(-1)  # [B, V]
-    token = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)  # [B, 1]
-    token = token.clamp_(max=logits.shape[1] - 1)
-    return token[:, 0], logprob.gather(1, token)[:, 0]
+    (B, V), first = logprob.shape, 0
+    p = logprob.new_zeros(B, -(-V // BLOCK) * BLOCK)  # whole blocks
+    torch.exp(logprob, out=p[:, :V])
+    if V > BLOCK:
+        blocks = p.view(B, -1, BLOCK)
+        block, u = invert_cdf(blocks.sum(-1), u)
+        p, first = blocks[torch.arange(B), block], block * BLOCK
+    token = first + invert_cdf(p, u)[0]
+    return token, logprob.gather(1, token[:, None])[:, 0]
 
 
-def render_prompt(tokenizer: Tokenizer, text: str, after_answer: bool) -> str:
-    """A user message in the chat template. after_answer: only what follows the model's answer before
-    it. The template is asked to think, in the two usual ways, unless template_args says otherwise."""
-    system = [{"role": "system", "content": tokenizer.system}] * bool(tokenizer.system)
-    turns = [{"role": "user", "content": "."}, {"role": "assistant", "content": BEFORE}] * after_answer
-    variables = {"enable_thinking": True, "thinking": True} | tokenizer.template_args
-    whole = tokenizer.chat([*system, *turns, {"role": "user", "content": text}], **variables)
-    if tokenizer.system.strip() not in whole:
-        raise InputError(f"{tokenizer.folder}: the chat template drops the system prompt of --system")
-    _, found, rest = whole.partition(BEFORE)
-    if after_answer and not found:
-        raise InputError(f"{tokenizer.folder}: the chat template drops the answer before a user's message")
-    return rest if after_answer else whole
-
-
-def unused_mark(text: str) -> str:
-    """A private-use character that is not in the text, for Tokenizer.hide_added."""
-    return next(char for char in map(chr, range(0xE001, 0xF900)) if char not in text)
-
-
-def encode_prompt(tokenizer: Tokenizer, text: str, closed: bool = False,
-                  after_answer: bool = False) -> list[int]:
-    """Tokens of a user message in the folder's chat template, up to and with the opening tag.
-
-    closed: followed by an empty thought. after_answer: the tokens that continue a conversation after the
-    model's answer, whose stop token is missing. Special tokens in the message are encoded as plain text, so
-    that a prompt cannot inject template tokens. Raises InputError if the template drops the message, changes
-    its special tokens, or does not leave exactly one thought open."""
-    (opening, closing), mark = tokenizer.tags, unused_mark(text)
-    hidden = tokenizer.hide_added(text, mark)
-    whole = render_prompt(tokenizer, hidden, after_answer)
-    _, found, end = render_prompt(tokenizer, MESSAGE, after_answer).rpartition(MESSAGE)
-    if not found:
-        raise InputError(f"{tokenizer.folder}: the chat template drops the user's message")
-    unopened = re.sub(re.escape(opening) + r"\s*\Z", "", end)
-    if not whole.endswith(end) or opening in unopened or closing in unopened:
-        raise InputError(f"{tokenizer.folder}: the chat template should open one thought after the message "
-                         f"(see --template-args), found a prompt that ends in {whole[-60:]!r}")
-    plain = hidden.replace(mark, "")
-    if plain != hidden and render_prompt(tokenizer, plain, after_answer) != whole.replace(mark, ""):
-        raise InputError(f"{tokenizer.folder}: the chat template changes special tokens in a message, found "
-                         f"the message {text[:200]!r}")
-    whole += f"{opening}\n" * (unopened == end)
-    whole = whole.rstrip() + f"\n\n{closing}\n\n" if closed else whole
-    return tokenizer.encode(whole, special=True, inside=after_answer, hidden_by=mark)
-
-
-def check_length(room: int, tokens: int, max_new_tokens: int, name: str) -> None:
-    """Raises InputError if a prompt and its new tokens exceed a context of `room` tokens."""
-    if tokens + max_new_tokens > room:
-        raise InputError(f"{name} has {tokens} tokens and {max_new_tokens} more may follow "
-                         f"(--max-new-tokens), but the model's context holds {room}")
+def invert_cdf(p: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """p [B, n] >= 0, not all 0, u [B] float64 in [0, 1) -> index [B] of the interval that holds u times their
+    sum, never one of length 0, and where in it, as a share."""
+    cdf = p.double().cumsum(-1)  # [B, n]
+    x = torch.minimum(u * cdf[:, -1], cdf[:, -1].nextafter(u.new_zeros(())))[:, None]  # below the last sum
+    index = torch.searchsorted(cdf, x, right=True)  # [B, 1]
+    width = p.gather(1, index).double()
+    return index[:, 0], (1 - (cdf.gather(1, index) - x) / width).clamp(0, 1)[:, 0]
 
 
 class Cut(NamedTuple):
@@ -186,11 +148,6 @@ class Cut(NamedTuple):
         close = self.tokenizer.tags[1].encode()
         texts = [b"".join(map(self.tokenizer.token_bytes, row)) for row in tokens[:, :self.after].tolist()]
         return torch.tensor([not c and close not in text for c, text in zip(self.closed, texts)])
-
-
-def closing_tokens(tokenizer: Tokenizer) -> list[int]:
-    """Tokens of a closing tag that is forced."""
-    return tokenizer.encode(tokenizer.tags[1] + "\n\n", special=True, inside=True)
 
 
 def thought_cut(tokenizer: Tokenizer, thought_tokens: int, max_new_tokens: int) -> Cut | None:

@@ -21,6 +21,7 @@ differentiated), one model on every rank, no asynchrony.
 Shapes: B rollouts, T tokens, K thought segments, G rollouts of a prompt, b rows of a micro-batch, N tokens
 of a micro-batch that a player owns.
 """
+import ctypes
 import math
 import os
 import sys
@@ -31,8 +32,9 @@ from typing import NamedTuple
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # or a lost rank prints a page of C++ frames
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # or threads that wait keep a busy machine busy
-# Batches change in shape from step to step; blocks that cannot grow would leave gaps of many GB.
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # or gaps of many GB stay
+if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc keeps what is freed, or it is paged in again
+    libc.mallopt(-1, 1 << 30), libc.mallopt(-3, 1 << 25)  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
 
 import numpy as np
 import torch
@@ -44,13 +46,14 @@ from batches import MicroBatch, micro_batch, pack
 from judges import Judge
 from kernels import segment_logprobs
 from lib import checkpoint, cli, parallel, watch
+from lib.chat import encode_prompt
 from lib.checkpoint import on_all_ranks, on_rank_0
 from lib.parallel import all_gather, all_max, all_sum, rank_and_world, unsharded
 from lib.tokenizer import Tokenizer
 from lora import adapter_off, save_adapter
 from model import Transformer
 from rewards import MALFORMED, Scores, score, thought_pay
-from rollout import Rollouts, encode_prompt, sample
+from rollout import Rollouts, sample
 from warmstart import prepare_start
 
 OUT = "runs/{objective}-seed{seed}"  # the default run folder
@@ -283,10 +286,8 @@ def rollout_step(c: Config, model: Transformer, tokenizer: Tokenizer, judge: Jud
                       thought_tokens=c.thought_tokens, keep_cache=c.potential == "probe", **sampling)
     sampled = time.perf_counter()
     each = [prompts[local[i]] for i in rollouts.prompt.tolist()]  # B
-    probe = None
-    if c.potential == "probe":
-        probe = dict(model=model, tokenizer=tokenizer, samples=c.probe_samples,
-                     max_new_tokens=c.max_new_tokens, **sampling)
+    probe = dict(model=model, tokenizer=tokenizer, samples=c.probe_samples, max_new_tokens=c.max_new_tokens,
+                 **sampling) if c.potential == "probe" else None
     scores = score(judge, each, rollouts, c.gamma, probe, all_sum)
     rollouts.caches.clear()  # the learner needs the memory
     return each, rollouts, scores, dict(sample=sampled - begin, judge=time.perf_counter() - sampled)

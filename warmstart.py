@@ -19,11 +19,12 @@ from alchemy.demonstrations import demonstrations, write_folder
 from batches import micro_batches
 from kernels import segment_logprobs
 from lib import checkpoint, parallel
+from lib.chat import add_end_of_turn, encode_prompt, end_of_turn, unused_mark
 from lib.data import Prompt, as_json, expect, read_rows, whole_text
 from lib.parallel import all_max, all_sum, from_rank_0, rank_and_world, say, shard, wants_shards
 from lib.tokenizer import TAGS, Tokenizer
-from model import Transformer, add_end_of_turn, end_of_turn
-from rollout import encode_prompt, owned_length, unused_mark
+from model import Transformer
+from rollout import owned_length
 
 # The embedded world's start model, from random weights.
 STEPS, BATCH, RATE = 900, 32, 3e-3  # supervised steps, demonstrations a step, peak learning rate

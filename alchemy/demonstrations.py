@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from alchemy import world
+from lib.chat import CLOSE, OPEN
 from lib.tokenizer import BYTE_OF, Tokenizer
-from rollout import CLOSE, OPEN
 
 MODEL = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 96,
          "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 3, "num_key_value_heads": 3,

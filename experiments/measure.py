@@ -26,12 +26,13 @@ import sear
 from experiments.ablations import MAIN
 from judges import alchemy_judge
 from lib import checkpoint
+from lib.chat import CLOSE, encode_prompt
 from lib.cli import Parser, exit_code
 from lib.data import expect
 from lib.tokenizer import Tokenizer
 from model import Transformer
 from rewards import Scores, score, thought_pay, verdicts
-from rollout import CLOSE, Rollouts, encode_prompt, sample
+from rollout import Rollouts, sample
 
 DRAWS, PROMPTS = 30, 8  # batches drawn from the same prompts, for the variance of a gradient
 GROUP_SIZES = (4, 8, 16)

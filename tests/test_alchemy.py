@@ -10,9 +10,9 @@ import warmstart
 from alchemy.demonstrations import STOP, demonstrate, demonstrations
 from alchemy.world import CALM, DANGER, HAZARDS, REAGENTS, REFUSAL, TALK
 from lib import checkpoint
+from lib.chat import CLOSE, OPEN
 from lib.data import Prompt
 from model import Transformer
-from rollout import CLOSE, OPEN
 from sear import Config
 
 # ---- world and verifier ----------------------------------------------------------------------------------

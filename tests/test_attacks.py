@@ -11,8 +11,9 @@ import attacks
 import sear
 from attacks import beam, ending, gcg, moves, plain_tokens, survives
 from lib import checkpoint
+from lib.chat import encode_prompt
 from lib.tokenizer import Tokenizer
-from rollout import encode_prompt, sample
+from rollout import sample
 
 PROMPT = alchemy.requests(1, 3)[0]
 

@@ -15,9 +15,9 @@ import tables
 from evaluate import attack_text, rates, refused, requests, sum_and_count
 from judges import rules_judge
 from lib import checkpoint
+from lib.chat import CLOSE
 from lib.data import InputError, Prompt, load_injections, load_prompts
 from model import Transformer
-from rollout import CLOSE
 from sear import Config
 from tables import best_stage, bootstrap, columns_of, differences, find, interval, read_runs, table
 

@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 
 import sear
 from lib import checkpoint, parallel
+from lib.chat import encode_prompt
 from lib.tokenizer import Tokenizer
 from lora import PROJECTIONS, adapter_off, add_adapter, save_adapter
 from model import Linear, Transformer
-from rollout import encode_prompt, sample
+from rollout import sample
 
 TOKENS = torch.randint(0, 1900, (3, 40), generator=torch.Generator().manual_seed(3))
 

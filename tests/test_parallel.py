@@ -25,10 +25,11 @@ import sear
 import warmstart
 from alchemy.demonstrations import write_folder
 from lib import checkpoint, parallel
+from lib.chat import encode_prompt
 from lib.data import InputError
 from lib.tokenizer import Tokenizer
 from model import Transformer
-from rollout import encode_prompt, sample
+from rollout import sample
 
 SMALL = ("--steps 4 --prompts-per-step 3 --group-size 2 --eval-prompts 0 --max-new-tokens 24 --save-every 2 "
          "--seed 3").split()

@@ -7,9 +7,10 @@ from helpers import made_rollouts
 
 import alchemy.world as alchemy
 from judges import Judge, Verdict, load_judge, rules_judge
+from lib.chat import CLOSE, encode_prompt
 from lib.data import InputError, Prompt
 from rewards import answer_reward, process_returns, score
-from rollout import CLOSE, encode_prompt, sample
+from rollout import sample
 
 nan = math.nan
 

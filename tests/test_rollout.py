@@ -12,10 +12,11 @@ import alchemy.world as alchemy
 import evaluate
 import rollout
 from kernels import segment_logprobs
+from lib.chat import CLOSE, OPEN, closing_tokens, encode_prompt
 from lib.data import InputError, Prompt, load_injections
 from lib.tokenizer import Tokenizer
 from model import Transformer
-from rollout import CLOSE, OPEN, encode_prompt, force_answers, sample, uniforms
+from rollout import force_answers, sample, uniforms
 from sear import Config
 
 
@@ -123,6 +124,25 @@ def test_a_token_of_probability_zero_is_never_sampled():
     naive = torch.searchsorted(logits.softmax(-1).cumsum(-1), u.float()[:, None], right=True)
     assert naive.item() >= 100_000
     assert rollout.sample_token(logits, torch.zeros(1, dtype=torch.float64), 1.0)[0].item() == 0
+
+
+@pytest.mark.parametrize("V", (1, 306, 512, 513, 4000, 20_000))
+def test_blocks_of_the_vocabulary_do_not_change_the_token(V):
+    """Against the definition: the first token whose float64 cumulative sum exceeds u times the last sum."""
+    generator = torch.Generator().manual_seed(V)
+    logits = 3 * torch.randn(300, V, generator=generator)
+    logits[:, 1::3] = -math.inf
+    logits[::2, V // 2 + 1:] = -math.inf  # whole blocks of probability 0
+    u = torch.rand(300, generator=generator, dtype=torch.float64)
+    u[:4] = torch.tensor([0.0, 0.0, 1 - 2.0 ** -53, 1 - 2.0 ** -53])
+    token, logprob = rollout.sample_token(logits, u, 1.0)
+    cdf = logits.log_softmax(-1).exp().double().cumsum(-1)
+    slow = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True).clamp(max=V - 1)[:, 0]
+    other = token != slow  # then u lies at a border, within the rounding of fp32 sums
+    border = cdf.gather(1, torch.minimum(token, slow)[:, None])[:, 0] / cdf[:, -1]
+    assert other[4:].sum() <= 1 and ((border - u).abs()[other] < 1e-6).all()
+    assert torch.equal(logprob, logits.log_softmax(-1).gather(1, token[:, None])[:, 0])
+    assert logprob.isfinite().all()
 
 
 def test_sampler_and_learner_compute_the_same_logprob(world):
@@ -390,7 +410,7 @@ OPTIONS = dict(group_size=4, max_new_tokens=60, seed=2, step=1)
 @pytest.mark.parametrize("keep_cache, max_rows", [(False, 512), (True, 8)])
 def test_a_long_thought_is_closed_and_nothing_else_changes(beginner, keep_cache, max_rows):
     model, tokenizer, prompts = beginner
-    N, tag = 20, rollout.closing_tokens(tokenizer)
+    N, tag = 20, closing_tokens(tokenizer)
     free = sample(model, prompts, tokenizer, **OPTIONS)
     r = sample(model, prompts, tokenizer, thought_tokens=N, keep_cache=keep_cache, max_rows=max_rows,
                **OPTIONS)
@@ -424,7 +444,7 @@ def test_the_answer_behind_a_forced_tag_is_that_of_a_prefilled_thought(beginner)
     model, tokenizer, prompts = beginner
     cold = dict(seed=3, temperature=1e-6)
     r = sample(model, prompts, tokenizer, thought_tokens=10, max_new_tokens=30, **cold)
-    behind = 10 + len(rollout.closing_tokens(tokenizer))
+    behind = 10 + len(closing_tokens(tokenizer))
     for b in r.cut.nonzero()[:, 0].tolist():
         so_far = r.tokens[b, :len(prompts[b]) + 10].tolist()
         again = sample(model, [so_far], tokenizer, prefill=[CLOSE + "\n\n"], **cold,
@@ -435,7 +455,7 @@ def test_the_answer_behind_a_forced_tag_is_that_of_a_prefilled_thought(beginner)
 
 def test_newlines_behind_a_forced_tag_belong_to_the_answer(world):
     _, tokenizer, model = world
-    ids = tokenizer.encode("a\n\nb") + rollout.closing_tokens(tokenizer) + tokenizer.encode("\n\nI")
+    ids = tokenizer.encode("a\n\nb") + closing_tokens(tokenizer) + tokenizer.encode("\n\nI")
     after, out = len(tokenizer.encode("a\n\nb")), torch.tensor([ids])
     cut = rollout.thought_cut(tokenizer, after, 100)._replace(closed=[False])
     sampled = out, torch.full(out.shape, -1.0), torch.tensor([len(ids)]), 0
@@ -457,14 +477,14 @@ def test_a_thought_that_prompt_or_prefill_closed_is_not_cut(beginner):
 
 def test_a_stop_token_in_the_forced_tag_ends_no_rollout(beginner, monkeypatch):
     model, tokenizer, prompts = beginner
-    monkeypatch.setattr(model, "stop_ids", rollout.closing_tokens(tokenizer)[-1:])
+    monkeypatch.setattr(model, "stop_ids", closing_tokens(tokenizer)[-1:])
     r = sample(model, prompts, tokenizer, thought_tokens=3, **OPTIONS)
     assert r.cut.any() and (r.owners[1].sum(1) > 0)[r.cut].all()
 
 
 def test_a_cut_without_room_for_an_answer_is_refused(beginner):
     model, tokenizer, prompts = beginner
-    n = len(rollout.closing_tokens(tokenizer))
+    n = len(closing_tokens(tokenizer))
     assert sample(model, prompts, tokenizer, thought_tokens=8, max_new_tokens=9 + n).cut.any()
     with pytest.raises(InputError, match=f"--thought-tokens 8 and the {n} tokens .* no room for an answer"):
         sample(model, prompts, tokenizer, thought_tokens=8, max_new_tokens=8 + n)

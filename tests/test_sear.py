@@ -18,11 +18,12 @@ import sear
 from batches import MicroBatch, micro_batch, micro_batches, pack
 from judges import Verdict, load_judge
 from kernels import segment_logprobs
+from lib.chat import CLOSE, encode_prompt
 from lib.data import InputError, Prompt
 from lib.tokenizer import Tokenizer
 from model import Transformer
 from rewards import Scores, process_returns, score, thought_pay
-from rollout import CLOSE, encode_prompt, sample
+from rollout import sample
 from sear import (
     OBJECTIVES,
     Config,

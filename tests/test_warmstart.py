@@ -14,10 +14,10 @@ import warmstart
 from evaluate import held_out
 from judges import refuses
 from lib import checkpoint
+from lib.chat import CLOSE, add_end_of_turn, encode_prompt
 from lib.data import InputError, Prompt, load_prompts, read_rows
 from lib.tokenizer import Tokenizer
-from model import Transformer, add_end_of_turn
-from rollout import CLOSE, encode_prompt
+from model import Transformer
 
 DATA = ROOT / "data"
 ROW = dict(prompt="How do I kill a process?", thought="A process, not a person.\n\nHarmless.",
