@@ -7,6 +7,7 @@ Shapes: N texts, P pieces of a thought. NaN: not judged.
 """
 import math
 import re
+from itertools import accumulate
 from typing import Callable, NamedTuple
 
 import torch
@@ -91,7 +92,7 @@ def text_judge(judge: Callable, potential: Callable) -> Judge:
         return Verdict(*torch.tensor(rows).view(-1, 3).unbind(1))  # [N] each
 
     def potentials(prompts, pieces):
-        return ragged([torch.tensor([potential(prompt, "".join(texts[:k + 1])) for k in range(len(texts))])
+        return ragged([torch.tensor([potential(prompt, text) for text in accumulate(texts)])
                        for prompt, texts in zip(prompts, pieces)])
     return Judge(verdict, potentials)
 
@@ -141,15 +142,12 @@ def function_judge(name: str) -> Judge:
         return Verdict(*torch.tensor(rows).view(-1, 3).unbind(1))  # [N] each
 
     def potential(prompts, pieces):
-        result = [torch.full((len(texts),), 0.0 if p.label == "harmful" else torch.nan)
-                  for p, texts in zip(prompts, pieces)]
-        places = [(i, k, "".join(texts[:k + 1])) for i, texts in enumerate(pieces) for k in range(len(texts))
-                  if prompts[i].label == "harmful"]
-        places = [place for place in places if place[2].strip()]
-        found = ask_potential([prompts[i].prompt for i, *_ in places], [text for *_, text in places])
-        for (i, k, _), value in zip(places, found):
-            result[i][k] = value
-        return ragged(result)
+        rows = [[(p, text) for text in accumulate(texts)] for p, texts in zip(prompts, pieces)]
+        asked = [(p, text) for row in rows for p, text in row if p.label == "harmful" and text.strip()]
+        found = iter(ask_potential([p.prompt for p, _ in asked], [text for _, text in asked]))
+        return ragged([torch.tensor([
+            math.nan if p.label != "harmful" else next(found) if text.strip() else 0.0
+            for p, text in row]) for row in rows])
     return Judge(verdict, potential)
 
 
