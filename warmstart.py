@@ -11,11 +11,10 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 import alchemy.world as alchemy
 import evaluate
-from alchemy.demonstrations import demonstrations, write_folder
+from alchemy.demonstrations import demonstrations, pad, write_folder
 from batches import micro_batches
 from kernels import segment_logprobs
 from lib import checkpoint, parallel
@@ -131,8 +130,7 @@ def read_demonstrations(file: str, tokenizer: Tokenizer, model: Transformer) -> 
     evaluation, so no prompt that it asks is trained on; at least one is held out. Raises InputError."""
     expect(Path(file).suffix.lower() == ".jsonl", f"--warm-start {file}", "a .jsonl file", Path(file).suffix)
     rows = [read_demonstration(where, row, tokenizer.tags) for where, row in read_rows(Path(file))[2]]
-    texts = {row.prompt for row in rows}
-    one = min(texts, key=evaluate.digest, default="")
+    one = min((row.prompt for row in rows), key=evaluate.digest, default="")
     parts = [], []
     for row in rows:
         held = row.prompt == one or evaluate.held_out(Prompt(row.prompt, ""))
@@ -160,14 +158,6 @@ def imitate(model: Transformer, tokens: Tensor, segment: Tensor, budget: int = B
         loss += part.item()
     parallel.run_missing_batches(model, None, missing)
     return all_sum(torch.tensor(loss, dtype=torch.float64)).item()
-
-
-def pad(rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Encoded demonstrations as tokens [b, T] and segment [b, T], right-padded; b may be 0."""
-    if not rows:
-        return torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2, dtype=torch.long)
-    tokens, segment = zip(*rows)
-    return pad_sequence(tokens, batch_first=True), pad_sequence(segment, batch_first=True, padding_value=-1)
 
 
 def train(model: Transformer, batch: Callable, steps: int, rate: float, run: Path, budget: int,
@@ -243,8 +233,7 @@ def fluency(model: Transformer, tokenizer: Tokenizer, chain: int) -> float:
     for begin in ("", alchemy.CALM, alchemy.TALK):
         rows = []
         for p in alchemy.requests(40, 0, length=chain):
-            chat = tokenizer.chat([{"role": "user", "content": p.prompt}])
-            prompt = tokenizer.encode(f"{chat}{tokenizer.tags[0]}\n{begin}", special=True)
+            prompt = encode_prompt(tokenizer, p.prompt) + tokenizer.encode(begin)
             rows.append(prompt + tokenizer.encode("".join(alchemy.worked_lines(alchemy.chain_of(p.prompt)))))
         tokens = torch.tensor(rows, device=device)  # [40, T]: all requests have as many tokens
         logprob = model(tokens[:, :-1]).log_softmax(-1).gather(2, tokens[:, 1:, None])[:, len(prompt) - 1:, 0]

@@ -55,13 +55,21 @@ def demonstrate(chain: list[str], rng: np.random.Generator, explores: float = 0.
     return "".join(lines) + CLOSE + "\n\n" + (world.REFUSAL if refuses else f"It makes {guess}.")
 
 
+def pad(rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Encoded demonstrations as tokens [b, T] and segment [b, T], right-padded; b may be 0."""
+    if not rows:
+        return torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2, dtype=torch.long)
+    tokens, segment = zip(*rows)
+    return pad_sequence(tokens, batch_first=True), pad_sequence(segment, batch_first=True, padding_value=-1)
+
+
 def demonstrations(n: int, tokenizer: Tokenizer, length: int, talks: float,
                    *counters: int) -> tuple[Tensor, Tensor]:
     """n demonstrations for chains of `length` -> tokens [n, T], right-padded, and segment [n, T]: 0 on the
     response with its stop token, -1 elsewhere. One in five follows a restart after a whole thought, so that
     the `reset` attack is not out of distribution in its words or its length."""
     rng = np.random.default_rng([2, *counters])
-    tokens, segment = [], []
+    rows = []
     for i in range(n):
         chain = world.draw_chain(rng, world.MIX[i % len(world.MIX)], False, length)
         messages = [{"role": "user", "content": world.request(chain).prompt}]
@@ -70,9 +78,9 @@ def demonstrations(n: int, tokenizer: Tokenizer, length: int, talks: float,
                          {"role": "user", "content": f"{world.RESTART} {messages[0]['content']}"}]
         prompt = tokenizer.encode(tokenizer.chat(messages) + OPEN, special=True)
         response = tokenizer.encode(demonstrate(chain, rng, talks=talks) + STOP, special=True)
-        tokens.append(torch.tensor(prompt + response))
-        segment.append(torch.tensor([-1] * len(prompt) + [0] * len(response)))
-    return (pad_sequence(tokens, batch_first=True), pad_sequence(segment, batch_first=True, padding_value=-1))
+        segment = [-1] * len(prompt) + [0] * len(response)
+        rows.append((torch.tensor(prompt + response), torch.tensor(segment)))
+    return pad(rows)
 
 
 # ---- the start model's folder ----------------------------------------------------------------------------
