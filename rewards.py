@@ -5,7 +5,6 @@ on a file of responses:
 
 Shapes: B rollouts, K thought segments of the longest rollout, N texts. NaN: not judged, or no such segment.
 """
-import argparse
 import sys
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -205,12 +204,10 @@ def load_responses(path) -> list[Response]:
                "a row of prompt and response (or completion)", list(row))
         for key in row.keys() & {"label", "final_label"}:
             expect(isinstance(row[key], str), f"{where}: {key}", "a text", row[key])
-    found = []
-    for (where, row), label in zip(rows, read_labels(rows)):
-        text = row.get("response", row.get("completion"))
-        found.append(Response(whole_text(f"{where}: prompt", row["prompt"]),
-                              whole_text(f"{where}: response", text), label, where))
-    return found
+    return [Response(whole_text(f"{where}: prompt", row["prompt"]),
+                     whole_text(f"{where}: response", row.get("response", row.get("completion"))),
+                     label, where)
+            for (where, row), label in zip(rows, read_labels(rows))]
 
 
 def read_batch(reader: Reader, rows: list[Response]) -> tuple[Tensor, list[str]]:
@@ -263,7 +260,9 @@ def agreement(rows: list[Response], table: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
+@exit_code("rewards.py")
+def main(arguments: list[str]) -> int:
+    """-> exit code: 0 done, 1 disk, or responses without a verdict, 2 bad input."""
     parser = Parser(prog="rewards.py", description="judge a file of responses")
     parser.add_argument("--judge", default="", help="folder of a guard model, or a judge file (.json)")
     parser.add_argument("--reward-model", default="", help="folder of a reward model, for helpfulness")
@@ -276,13 +275,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     expect(given.judge not in JUDGES, f"--judge {given.judge}", "a model folder or a judge file (.json)",
            "one that knows the embedded world or a prompt's label only")
     expect(not given.out.is_dir(), f"--out {given.out}", "a file", "a folder")
-    return given
-
-
-@exit_code("rewards.py")
-def main(arguments: list[str]) -> int:
-    """-> exit code: 0 done, 1 disk, or responses without a verdict, 2 bad input."""
-    given = parse(arguments)
     rows = load_responses(given.responses)
     table = judge_responses(rows, given.judge, given.reward_model, rank_device("auto"))
     checkpoint.write_rows(given.out, table)
