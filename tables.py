@@ -103,21 +103,18 @@ def markdown(columns: dict[str, Column], corner: str, names: list[str], cell: Ca
 
 def table(columns: dict[str, Column]) -> str:
     """Markdown table. Seeds are the unit: mean [min, max] over seeds; of a single seed the rate and the ends
-    of its 95 % interval over requests."""
+    of its 95 % interval over requests. A note names the columns whose judge both paid and measured; the
+    embedded world's verifier is exact."""
     def cell(column: Column, *what: str) -> str:
         found = [f for f in (find(rows, *what) for rows in column.values()) if f]
         if len(found) == 1:
             return "{:.3f} [{:.3f}, {:.3f}]".format(found[0][0], *interval(*found[0]))
         return spread([rate for rate, _ in found])
-    return markdown(columns, "| |", [*columns], cell) + footnote(columns)
-
-
-def footnote(columns: dict[str, Column]) -> str:
-    """Names the columns whose judge both paid and measured. The embedded world's verifier is exact."""
     paid = {name: row["judge"] for name, column in columns.items() if name != "start"
             for rows in column.values() for row in rows if row.get("pays") and row["judge"] != "alchemy"}
     names = ", ".join(f"{name} ({judge})" for name, judge in paid.items())
-    return f"\n\nThe judge that paid also measured, so these columns may flatter: {names}" if paid else ""
+    note = f"\n\nThe judge that paid also measured, so these columns may flatter: {names}" * bool(paid)
+    return markdown(columns, "| |", [*columns], cell) + note
 
 
 def best_stage(rows: list[dict]) -> str | None:
