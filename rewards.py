@@ -247,12 +247,11 @@ def judge_responses(rows: list[Response], judge: str, reward_model: str, device:
 def agreement(rows: list[Response], table: list[dict]) -> str:
     """Markdown table with a line for each label: the mean verdicts, and how often they agree with the label
     (a verdict counts from 0.5 on)."""
-    groups = {label: [i for i, row in enumerate(rows) if row.label == label]
-              for label in sorted({row.label for row in rows} - {""})}
     lines = ["| label | n | " + " | ".join(READS) + " | agrees |", "|---|---|---|---|---|---|"]
-    for label, group in (groups | {"all": range(len(rows))}).items():
-        columns = [[table[i][read] for i in group] for read in READS]
-        known = [(table[i], *RESPONSE_LABELS.get(rows[i].label, ("", False))) for i in group]
+    for label in (*sorted({row.label for row in rows} - {""}), "all"):
+        group = [(row, line) for row, line in zip(rows, table) if label in (row.label, "all")]
+        columns = [[line[read] for _, line in group] for read in READS]
+        known = [(line, *RESPONSE_LABELS.get(row.label, ("", False))) for row, line in group]
         hits = [(line[read] >= 0.5) == truth for line, read, truth in known if line.get(read) is not None]
         cells = [[v for v in column if v is not None] for column in (*columns, hits)]
         cells = [f"{sum(cell) / len(cell):.3f}" if cell else "–" for cell in cells]
