@@ -6,6 +6,7 @@ import alchemy.world as alchemy
 import evaluate
 from alchemy.demonstrations import write_folder
 from judges import JUDGES, Judge, load_judge
+from judges.functions import is_function
 from judges.guards import read_spec
 from lib import plan, watch
 from lib.chat import add_end_of_turn, check_length, closing_tokens, encode_prompt
@@ -111,7 +112,7 @@ def memory_plan(c, pool: list[Prompt], requests: list[Prompt]) -> str:
     """What --plan prints. Raises InputError."""
     tokenizer, model = load_tokenizer(c, c.model), Transformer.from_pretrained(c.model, "meta")
     names = {c.judge, c.eval_judge, c.reward_model} - {"", *JUDGES}
-    folders = [Path(name) for name in sorted(names) if ".py:" not in name]
+    folders = [Path(name) for name in sorted(names) if not is_function(name)]
     folders = [f.parent / read_spec(f)["model"] if f.suffix == ".json" else f for f in folders]
     attacks = [evaluate.attack_lengths(tokenizer, p, c) for p in requests]
     work = plan.Work(

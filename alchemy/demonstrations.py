@@ -118,8 +118,8 @@ def write_folder(folder: Path, chain: int = 5) -> None:
     context = 512 * math.ceil(chain / 5)
     files = {"tokenizer.json": tokenizer,
              "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": STOP,
-                                       "pad_token": STOP, "chat_template": TEMPLATE, "model_max_length": 512,
-                                       "clean_up_tokenization_spaces": False},
+                                       "pad_token": STOP, "chat_template": TEMPLATE,
+                                       "model_max_length": context, "clean_up_tokenization_spaces": False},
              "config.json": MODEL | {"max_position_embeddings": context, "eos_token_id": stop,
                                      "vocab_size": vocab_size, "embedded_world": {"chain": chain}},
              "generation_config.json": {"eos_token_id": stop, "pad_token_id": stop, "do_sample": True}}

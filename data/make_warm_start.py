@@ -20,15 +20,15 @@ def main(arguments: list[str]) -> int:
         parser.add_argument(name, type=Path)
     given, kept, malformed, wrong = parser.parse_args(arguments), [], 0, 0
     for where, row in read_rows(given.traces)[2]:
-        harmful = {"harmful": True, "harmless": False}.get(row.get("label"))
-        expect(harmful is not None, f"{where}: label", "harmful or harmless", row.get("label"))
+        label = row.get("label")
+        expect(label in ("harmful", "harmless"), f"{where}: label", "harmful or harmless", label)
         try:
             roles = zip(("user", "assistant"), (row.get("prompt"), row.get("text")))
             found = read_demonstration(where, {"messages": [dict(role=r, content=t) for r, t in roles]})
         except InputError:
             malformed += 1
             continue
-        texts, right = found._asdict(), refuses(found.answer) == harmful
+        texts, right = found._asdict(), refuses(found.answer) == (label == "harmful")
         kept += [{key: texts[key].strip() for key in ("prompt", "thought", "answer")}] * right
         wrong += not right
     checkpoint.write_rows(given.out, kept)

@@ -28,7 +28,7 @@ def load_functions(name: str) -> tuple[Callable, Callable]:
     """name: path/file.py:function. -> (prompts, thoughts, answers) -> rows [unsafe, refusal, helpful], and
     (prompts, thoughts) -> potentials; lists of N texts in, of N rows out."""
     file, _, function = name.rpartition(":")
-    expect(file.endswith(".py"), f"--judge {name}", "a file and its function, such as words.py:judge", name)
+    expect(file.endswith(".py"), f"judge {name}", "a file and its function, such as words.py:judge", name)
     module = sys.modules[file] = ModuleType(file)  # the path is a name that no other module has
     module.__file__ = file
     code = guarded(file, compile, read_text(Path(file)), file, "exec", 0, True)
