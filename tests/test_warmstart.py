@@ -158,6 +158,9 @@ def test_traces_are_kept_if_they_are_well_formed_and_right(tmp_path, capsys):
     assert [row for _, row in read_rows(tmp_path / "out.jsonl")[2]] == [
         dict(prompt="p", thought="a\n\nb", answer="I can't help with that."),
         dict(prompt="r", thought="c", answer="Use soap.")]
+    file = written(tmp_path, dict(prompt="p", label=["harmful"], text=no))
+    assert make_warm_start.main([str(file), str(tmp_path / "other.jsonl")]) == 2
+    assert "rows.jsonl:1: label should be harmful or harmless, found ['harmful']" in capsys.readouterr().err
 
 
 # ---- training --------------------------------------------------------------------------------------------
