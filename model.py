@@ -33,27 +33,21 @@ def compute_type(device: str | torch.device) -> torch.dtype:
 
 class Linear(nn.Linear):
     """fp32 master weight, cast to the activation's type in forward. lora.py adds adapters."""
-    cast: Tensor | None = None  # copies in the compute type, see Transformer.cast_once
-    bias_cast: Tensor | None = None
     lora_scale = 0.0  # 0: no adapter, or one that is off
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.to(x.dtype) if self.cast is None else self.cast
-        bias = self.bias if self.bias_cast is None else self.bias_cast
-        out = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        out = F.linear(x, self.weight.to(x.dtype), bias)
         return out + self.lora_B(self.lora_A(x) * self.lora_scale) if self.lora_scale else out
 
 
 class RMSNorm(nn.Module):
-    cast: Tensor | None = None
-
     def __init__(self, width: int, eps: float):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.to(x.dtype) if self.cast is None else self.cast
-        return F.rms_norm(x, self.weight.shape, weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):
@@ -164,7 +158,7 @@ class Transformer(nn.Module):
         Qwen3Guard-Stream those of the risk levels, [N, num_labels]."""
         if self.config.guard_size:
             states = self.risk_level_category_layernorm(self.risk_level_category_pre(states))
-        weight = self.head.weight.to(states.dtype) if self.head.cast is None else self.head.cast
+        weight = self.head.weight.to(states.dtype)
         if states.is_cuda and states.dtype != torch.float32:
             return torch.mm(states, weight.T, out_dtype=torch.float32)
         return F.linear(states, weight).float()
@@ -226,20 +220,17 @@ class Transformer(nn.Module):
 
     @contextlib.contextmanager
     def cast_once(self):
-        """Within the block layers use one copy of their weights in the compute type, with the same
-        results. Without it, decoding casts the fp32 masters again for each token. Does nothing in fp32."""
-        cast = self.compute_dtype != torch.float32
-        layers = [m for m in self.modules() if isinstance(m, (Linear, RMSNorm)) and cast]
-        biased = [m for m in layers if getattr(m, "bias", None) is not None]
+        """Within the block layers hold their weights in the compute type, with the same results. Without it,
+        decoding casts the fp32 masters again for each token. Does nothing in fp32."""
+        layers = [m for m in self.modules() if isinstance(m, (Linear, RMSNorm))]
+        masters = {p: p.data for m in layers for p in m.parameters(recurse=False)}
         try:
-            for m in layers:
-                m.cast = m.weight.detach().to(self.compute_dtype)
-            for m in biased:
-                m.bias_cast = m.bias.detach().to(self.compute_dtype)
+            for p, master in masters.items():
+                p.data = master.to(self.compute_dtype)
             yield
         finally:
-            for m in layers:
-                m.cast = m.bias_cast = None
+            for p, master in masters.items():
+                p.data = master
 
     @classmethod
     def from_scratch(cls, folder: str | Path, seed: int, device: str | torch.device = "cpu") -> "Transformer":

@@ -71,7 +71,7 @@ def test_frozen_bf16_weights_and_weights_cast_once_have_the_bits_of_fp32_masters
     plain = masters(TOKENS)
     assert torch.equal(frozen(TOKENS), plain)
     with frozen.cast_once():
-        assert frozen.model.layers[0].mlp.up_proj.lora_A.cast.dtype == torch.bfloat16
+        assert frozen.model.layers[0].mlp.up_proj.lora_A.weight.dtype == torch.bfloat16
         assert torch.equal(frozen(TOKENS), plain)
 
 

@@ -212,14 +212,15 @@ def test_bf16_results_are_the_same_with_weights_cast_once():
         for p in model.parameters():  # numbers that bf16 does not hold
             p += torch.rand_like(p) / 300
     assert all(p.dtype == torch.float32 for p in model.parameters())  # masters stay fp32
-    tokens = torch.arange(10)[None]
+    tokens, masters = torch.arange(10)[None], [p.clone() for p in model.parameters()]
     plain = model(tokens)
     with model.cast_once():
-        assert model.lm_head.cast.dtype == torch.bfloat16
+        assert model.lm_head.weight.dtype == torch.bfloat16
         with Casts() as casts:
             assert torch.equal(model(tokens), plain)
     assert casts.of_parameters == 0  # biases and norms included
-    assert plain.dtype == torch.bfloat16 and model.lm_head.cast is None
+    assert plain.dtype == torch.bfloat16
+    assert all(torch.equal(p, master) for p, master in zip(model.parameters(), masters, strict=True))
 
 
 @pytest.mark.parametrize("name", FOLDERS)
