@@ -19,10 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from attention import Cache, Packed, attend, attention_dtype, causal_mask, rope_tables, rotate
 from lib.data import InputError
-from lib.folder import Config, copy_weight, notice, parse_config, read_configs, stop_ids, tied, weight_files
+from lib.folder import Config, copy_weight, notice, read_configs, stop_ids, tied, weight_files
 from lib.parallel import rank_and_world, write_tensors
-
-__all__ = ["Cache", "Config", "Linear", "RMSNorm", "Transformer", "parse_config", "read_configs"]
 
 INIT_STD = 0.05  # of a model from scratch, which is always the embedded world's: 96 wide
 
@@ -167,23 +165,17 @@ class Transformer(nn.Module):
         """Final normed states [B, T, D]. Without mask and cache attention is plainly causal, which is fast;
         right padding then does no harm, since real tokens do not see it. A cache is extended by the T tokens.
         Raises ValueError if it is full."""
-        B, T = tokens.shape
+        T, plain = tokens.shape[1], attention_mask is None and cache is None
+        valid = torch.ones(1, T, device=tokens.device) if attention_mask is None else attention_mask
+        valid = valid.bool()  # [B, T] or [1, T]
         if cache is not None:
             if cache.length + T > cache.valid.shape[1]:
                 raise ValueError(f"cache of {cache.valid.shape[1]} columns is full ({cache.length} + {T})")
+            cache.valid[:, cache.length:cache.length + T] = valid
             valid = cache.valid[:, :cache.length + T]  # [B, S]
-            valid[:, -T:] = True if attention_mask is None else attention_mask.bool()
-        else:
-            valid = None if attention_mask is None else attention_mask.bool()
-        if valid is None:
-            position = torch.arange(T, device=tokens.device)[None]  # [1, T]
-            masks = {None: None}
-        else:
-            position = (valid.cumsum(1)[:, -T:] - 1).clamp(min=0)  # [B, T], counted over valid columns only
-            masks = {None: causal_mask(valid, T)}
-        for window in set(self.config.windows) - {None}:
-            everything = torch.ones(1, T, dtype=torch.bool, device=tokens.device)
-            masks[window] = causal_mask(everything if valid is None else valid, T, window)
+        position = (valid.cumsum(1)[:, -T:] - 1).clamp(min=0)  # [B, T], counted over valid columns only
+        masks = {w: None if plain and w is None else causal_mask(valid, T, w)
+                 for w in set(self.config.windows)}
         states = self.blocks(tokens, position, masks, cache)
         if cache is not None:
             cache.length += T

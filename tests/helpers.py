@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import rollout  # noqa: E402
-from model import Transformer, parse_config  # noqa: E402
+from lib.folder import parse_config  # noqa: E402
+from model import Transformer  # noqa: E402
 
 FIXTURES = ROOT / "tests" / "fixtures"
 FOLDERS = ("tiny-qwen2", "tiny-qwen3", "tiny-llama3")

@@ -13,8 +13,9 @@ from attention import Cache, Packed, rope_frequencies
 from kernels import segment_logprobs
 from lib.chat import add_end_of_turn
 from lib.data import InputError
+from lib.folder import parse_config
 from lib.tokenizer import Tokenizer
-from model import Transformer, compute_type, parse_config
+from model import Transformer, compute_type
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
