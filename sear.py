@@ -243,7 +243,7 @@ def accumulate(model: Transformer, reference: Transformer | None, rollouts: Roll
     sums = all_sum(torch.stack([mask.sum() for mask in (*rollouts.owners, rollouts.segment >= 0)]))
     counts = TokenCounts(*sums.clamp(min=1).to(model.device))
     parts = pack(rollouts, c.tokens_per_micro_batch)
-    missing = int(all_max(len(parts))) - len(parts)  # before any pass, since sharded passes need every rank
+    missing = all_max(len(parts)) - len(parts)  # before any pass, since sharded passes need every rank
     logs = dict(loss=0.0, kl=0.0, entropy=0.0, clip_fraction=0.0, logprob_gap=0.0)
     for blocks in parts:
         batch = micro_batch(rollouts, advantage, blocks, model.device)

@@ -147,7 +147,7 @@ def imitate(model: Transformer, tokens: Tensor, segment: Tensor, budget: int = B
     loss, count = 0.0, all_sum((segment[:, 1:] >= 0).sum()).to(model.device)
     length = owned_length(segment)
     parts = micro_batches(length, budget)
-    missing = int(all_max(len(parts))) - len(parts)
+    missing = all_max(len(parts)) - len(parts)
     for rows in parts:
         x, y = (t[rows, :int(length[rows].max())].to(model.device) for t in (tokens, segment))
         out = segment_logprobs(model.hidden(x[:, :-1]).flatten(0, 1), model.head.weight, x[:, 1:].flatten(),

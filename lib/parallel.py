@@ -167,10 +167,7 @@ def all_sum(x: Tensor) -> Tensor:
 
 def all_max(x: float) -> float:
     """Largest of the ranks' numbers."""
-    number = torch.tensor(x, dtype=torch.float64)
-    if dist.is_initialized():
-        dist.all_reduce(number, dist.ReduceOp.MAX)
-    return number.item()
+    return max(all_gather([x]))
 
 
 def all_gather(items: list) -> list:
