@@ -27,7 +27,7 @@ from lib import checkpoint, parallel
 from lib.chat import CLOSE, check_length, encode_prompt
 from lib.cli import Parser, exit_code
 from lib.data import Prompt, load_injections
-from lib.parallel import all_gather, all_max, all_sum, rank_and_world, unsharded
+from lib.parallel import all_gather, all_sum, rank_and_world, unsharded
 from lib.tokenizer import Tokenizer
 from model import Transformer
 from rewards import MALFORMED, Scores, verdicts
@@ -149,7 +149,7 @@ def step_rates(rollouts: Rollouts, scores: Scores, pay: Tensor, harmful: Tensor,
                logs: dict) -> dict:
     """Metrics of one training step over all ranks: rates and token counts. pay [B]: of the thought;
     statistics: {name: (sum, count)}; logs: from the loss."""
-    verdict, gap = scores.verdict, all_max(logs.pop("logprob_gap"))
+    verdict, gap = scores.verdict, max(all_gather([logs.pop("logprob_gap")]))
     counts = dict(tokens=int((rollouts.segment >= 0).sum()), row_steps=rollouts.row_steps,
                   prefilled_tokens=rollouts.prefilled_tokens, probe_tokens=scores.extra_tokens,
                   judge_calls=scores.judge_calls)

@@ -48,7 +48,7 @@ from kernels import segment_logprobs
 from lib import checkpoint, cli, parallel, watch
 from lib.chat import encode_prompt
 from lib.checkpoint import on_all_ranks, on_rank_0
-from lib.parallel import all_gather, all_max, all_sum, rank_and_world, unsharded
+from lib.parallel import all_gather, all_sum, rank_and_world, unsharded
 from lib.tokenizer import Tokenizer
 from lora import adapter_off, save_adapter
 from model import Transformer
@@ -243,7 +243,7 @@ def accumulate(model: Transformer, reference: Transformer | None, rollouts: Roll
     sums = all_sum(torch.stack([mask.sum() for mask in (*rollouts.owners, rollouts.segment >= 0)]))
     counts = TokenCounts(*sums.clamp(min=1).to(model.device))
     parts = pack(rollouts, c.tokens_per_micro_batch)
-    missing = all_max(len(parts)) - len(parts)  # before any pass, since sharded passes need every rank
+    missing = max(all_gather([len(parts)])) - len(parts)  # before any pass: sharded ones need every rank
     logs = dict(loss=0.0, kl=0.0, entropy=0.0, clip_fraction=0.0, logprob_gap=0.0)
     for blocks in parts:
         batch = micro_batch(rollouts, advantage, blocks, model.device)

@@ -20,7 +20,7 @@ from kernels import segment_logprobs
 from lib import checkpoint, parallel
 from lib.chat import add_end_of_turn, encode_prompt, end_of_turn, unused_mark
 from lib.data import Prompt, as_json, expect, read_rows, whole_text
-from lib.parallel import all_max, all_sum, from_rank_0, rank_and_world, say, shard, wants_shards
+from lib.parallel import all_gather, all_sum, from_rank_0, rank_and_world, say, shard, wants_shards
 from lib.tokenizer import TAGS, Tokenizer
 from model import Transformer
 from rollout import owned_length
@@ -147,7 +147,7 @@ def imitate(model: Transformer, tokens: Tensor, segment: Tensor, budget: int = B
     loss, count = 0.0, all_sum((segment[:, 1:] >= 0).sum()).to(model.device)
     length = owned_length(segment)
     parts = micro_batches(length, budget)
-    missing = all_max(len(parts)) - len(parts)
+    missing = max(all_gather([len(parts)])) - len(parts)
     for rows in parts:
         x, y = (t[rows, :int(length[rows].max())].to(model.device) for t in (tokens, segment))
         out = segment_logprobs(model.hidden(x[:, :-1]).flatten(0, 1), model.head.weight, x[:, 1:].flatten(),

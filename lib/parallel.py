@@ -165,11 +165,6 @@ def all_sum(x: Tensor) -> Tensor:
     return x
 
 
-def all_max(x: float) -> float:
-    """Largest of the ranks' numbers."""
-    return max(all_gather([x]))
-
-
 def all_gather(items: list) -> list:
     """The ranks' lists, chained."""
     if not dist.is_initialized():
@@ -206,7 +201,7 @@ def wants_shards(choice: str, parameters: int, state_bytes: int, device: str) ->
     """auto: on several GPUs, if state_bytes a parameter exceed half of the smallest GPU's memory."""
     if choice != "auto" or rank_and_world()[1] == 1 or device == "cpu":
         return choice == "yes"
-    memory = -all_max(-torch.cuda.get_device_properties(device).total_memory)
+    memory = min(all_gather([torch.cuda.get_device_properties(device).total_memory]))
     return parameters * state_bytes > memory / 2
 
 
