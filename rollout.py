@@ -6,7 +6,7 @@ player owns a token; masks, advantages, the kernel's skip list and the transcrip
 Shapes: B rollouts, T tokens, V vocabulary, K thought segments, P prompts, G rollouts of one prompt.
 """
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 import numpy as np
@@ -45,10 +45,10 @@ class Rollouts:
     prompt: Tensor  # [B] int64: index into the prompts given
     text: list[list[str]]  # text of each segment, without closing tag and stop token
     prefill: list[str]  # [B] prefilled thought text, without closing tag
-    prefilled_tokens: int  # tokens of the distinct prompts, each run once
-    row_steps: int  # rows x decoding steps
-    caches: list[Cache]  # keys and values of all rows, in one or several parts, to fork (with keep_cache)
-    columns: Tensor  # [B]: column of its cache that holds a row's first sampled token
+    row_steps: int = 0  # rows x decoding steps
+    prefilled_tokens: int = 0  # tokens of the distinct prompts, each run once
+    # With keep_cache, of each part of the rows: keys and values to fork, column of the first sampled token.
+    caches: list[tuple[Cache, int]] = field(default_factory=list)
 
     @property
     def start(self) -> Tensor:
@@ -184,16 +184,15 @@ def sample(model: Transformer, prompts: list[list[int]], tokenizer: Tokenizer, *
             u = uniforms(seed, step, np.asarray(prompt_ids[part])[:, None, None],
                          np.arange(group_size)[:, None], np.arange(max_new_tokens))  # [P, G, N]
             cache, states, ran = prefill_group(model, full[part], group_size)
-            column = cache.length
-            archive = model.new_cache(len(states), column) if keep_cache else None
+            first = cache.length  # column of the first sampled token
+            archive = model.new_cache(len(states), first) if keep_cache else None
             closed = [in_answer or tokenizer.tags[1] in t for t in prefill[part] for _ in range(group_size)]
             part_cut = cut and cut._replace(closed=closed)
             sampled = decode(model, cache, states, torch.from_numpy(u).flatten(0, 1), temperature, archive,
                              part_cut)
             parts.append(assemble(sampled, full[part], i, prefill[part], in_answer, group_size, tokenizer,
                                   model.stop_ids, part_cut))
-            parts[-1].prefilled_tokens, parts[-1].columns[:] = ran, column
-            parts[-1].caches = [archive] if keep_cache else []
+            parts[-1].prefilled_tokens, parts[-1].caches = ran, [(archive, first)] * keep_cache
     return join(parts)
 
 
@@ -292,8 +291,8 @@ def assemble(sampled: tuple, prompts: list[list[int]], first: int, prefill: list
         texts.append(text)
     finished = torch.isin(out.gather(1, length[:, None] - 1)[:, 0], torch.tensor(stop_ids))
     begun = [prefill[b // G].partition(close)[0] for b in range(B)]
-    return Rollouts(tokens, segment, logprob, finished, closed, torch.arange(B) // G + first, texts, begun, 0,
-                    row_steps, [], torch.zeros(B, dtype=torch.long))
+    prompt = torch.arange(B) // G + first
+    return Rollouts(tokens, segment, logprob, finished, closed, prompt, texts, begun, row_steps)
 
 
 def split_segments(tokens: list[int], closed: bool, tokenizer: Tokenizer, stop_ids: list[int]):
@@ -327,7 +326,7 @@ def join(parts: list[Rollouts]) -> Rollouts:
     """One Rollouts from several parts; an empty one from none, for a rank without a prompt."""
     if not parts:
         ids, flags = torch.zeros(0, 1, dtype=torch.long), torch.zeros(0, dtype=torch.bool)
-        return Rollouts(ids, ids, ids.float(), flags, flags, ids[:, 0], [], [], 0, 0, [], ids[:, 0])
+        return Rollouts(ids, ids, ids.float(), flags, flags, ids[:, 0], [], [])
     T = max(p.tokens.shape[1] for p in parts)
     fill = {"tokens": 0, "segment": -1, "logprob": 0.0}
     joined = {}
@@ -350,18 +349,18 @@ def force_answers(model: Transformer, rollouts: Rollouts, tokenizer: Tokenizer, 
     tokens kept; sorted by rollout), '' for one without an end. The cache of keep_cache is forked at each
     point, so only the closing tag is prefilled. -> answers, extra tokens sampled."""
     closing = closing_tokens(tokenizer)
-    sizes = np.cumsum([0] + [c.valid.shape[0] for c in rollouts.caches])  # first row of each part
+    sizes = np.cumsum([0] + [len(cache.valid) for cache, _ in rollouts.caches])  # first row of each part
     answers, extra = [], 0
     per_part = max(1, max_rows // samples)
     group = len(rollouts.prompt) // max(1, len(prompt_ids))
     with model.cast_once():
-        for number, cache in enumerate(rollouts.caches):
+        for number, (cache, first) in enumerate(rollouts.caches):
             mine = [p for p in points if sizes[number] <= p[0] < sizes[number + 1]]
             for i in range(0, len(mine), per_part):
                 row, kept = (torch.tensor(x) for x in zip(*mine[i:i + per_part]))  # [F]
                 fork = cache.rows((row - sizes[number]).to(model.device), len(closing) + max_new_tokens)
                 column = torch.arange(fork.valid.shape[1])
-                fork.valid &= (column < (rollouts.columns[row] + kept)[:, None]).to(model.device)  # [F, S]
+                fork.valid &= (column < first + kept[:, None]).to(model.device)  # [F, S]
                 tag = torch.tensor([closing] * len(row), device=model.device)
                 states = model.hidden(tag, cache=fork)[:, -1]  # [F, D]
                 again = torch.arange(len(row), device=model.device).repeat_interleave(samples)
