@@ -33,8 +33,8 @@ from typing import NamedTuple
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # or a lost rank prints a page of C++ frames
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # or threads that wait keep a busy machine busy
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # or gaps of many GB stay
-if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc keeps what is freed, or it is paged in again
-    libc.mallopt(-1, 1 << 30), libc.mallopt(-3, 1 << 25)  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+    libc.mallopt(-1, 1 << 30), libc.mallopt(-3, 1 << 25)  # glibc keeps what is freed, or pages it in again
 
 import numpy as np
 import torch
