@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -12,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import rollout  # noqa: E402
+from lib.data import InputError  # noqa: E402
 from model import Transformer, parse_config  # noqa: E402
 
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -19,7 +21,15 @@ FOLDERS = ("tiny-qwen2", "tiny-qwen3", "tiny-llama3")
 
 
 def golden(name):
-    return json.loads((FIXTURES / name / "golden.json").read_text())
+    return json.loads((FIXTURES / name / "golden.json").read_text("utf-8"))
+
+
+def refusal(call, *arguments):
+    """The message of the InputError that the call must raise: one line, so one sentence."""
+    with pytest.raises(InputError) as caught:
+        call(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def made_rollouts(tokenizer, prompts, texts, stop_id, G, in_answer=False, logprob=-1.0):

@@ -2,24 +2,17 @@
 import json
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import FIXTURES, golden, refusal
 
-from lib.data import InputError
 from lib.tokenizer import Tokenizer, merge, tiktoken_ranks
 
-ROOT = Path(__file__).parents[1]
-FIXTURES = ROOT / "tests" / "fixtures"
 FOLDERS = ("tiny-qwen2", "tiny-qwen3", "tiny-llama3", "tiny-reward")
 GOLDEN = json.loads((FIXTURES / "tokenizer_golden.json").read_text("utf-8"))  # inputs and recorded results
 SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
          r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-
-
-def golden(name):
-    return json.loads((FIXTURES / name / "golden.json").read_text("utf-8"))
 
 
 def byte_char(byte):
@@ -65,14 +58,6 @@ def edited(tmp_path, change, name="tiny-qwen3", file="tokenizer.json"):
     change(spec)
     (folder / file).write_text(json.dumps(spec), "utf-8")
     return folder
-
-
-def refusal(call, *arguments):
-    """The message of the InputError that the call must raise: one line, so one sentence."""
-    with pytest.raises(InputError) as caught:
-        call(*arguments)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def refused(tmp_path, change, *parts, name="tiny-qwen3", file="tokenizer.json"):
