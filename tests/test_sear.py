@@ -9,20 +9,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import FIXTURES, ROOT, made_rollouts, refusal
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import alchemy.world as alchemy
 import evaluate
 import inputs
 import sear
 from batches import MicroBatch, micro_batch, micro_batches, pack
-from judges import Verdict, load_judge
-from kernels import segment_logprobs
+from judges import Verdict
 from lib.chat import CLOSE, encode_prompt
 from lib.data import Prompt
 from lib.tokenizer import Tokenizer
 from model import Transformer
-from rewards import Scores, process_returns, score, thought_pay
+from rewards import Scores, process_returns, thought_pay
 from rollout import sample
 from sear import (
     OBJECTIVES,
@@ -334,40 +332,6 @@ def test_gradient_equals_autograd_on_full_logits(world, batch):
     assert logs["loss"] == pytest.approx(loss.sum().item(), abs=1e-6)
 
 
-def test_the_stop_token_has_a_gradient(world, batch):
-    """Only the stop tokens have an advantage: the gradient is not zero, and it raises their log-prob."""
-    model, (r, _) = world[2], batch
-    stop = (r.tokens == model.stop_ids[0]) & (r.segment >= 0)
-    assert stop.any()
-    found, _ = gradient(model, r, stop.float())
-    assert found.norm() > 1e-3
-    head = model.lm_head.weight.grad[model.stop_ids[0]]
-    b, t = stop.nonzero()[0].tolist()
-    state = model.hidden(r.tokens[b:b + 1, :t])[0, -1]
-    assert torch.dot(head, state) < 0  # descent moves the stop token's row towards the state that precedes it
-
-
-def test_one_update_raises_what_was_rewarded_and_lowers_what_was_not(world, batch):
-    folder, _, _ = world
-    r, _ = batch
-    for owner in (0, 1):
-        model = Transformer.from_scratch(folder, seed=5)
-        mask = r.owners[owner].float()
-        sign = torch.ones(len(mask), 1)
-        sign[::2] = -1  # every other rollout is bad
-        model.zero_grad()
-        accumulate(model, None, r, mask * sign, Config(beta=0.0))
-        with torch.no_grad():
-            for p in model.parameters():
-                p -= 0.05 * p.grad
-            now = model(r.tokens[:, :-1]).log_softmax(-1).gather(2, r.tokens[:, 1:, None])[..., 0]
-        change = ((now - r.logprob[:, 1:]) * mask[:, 1:]).sum(1)
-        counted = mask.sum(1) > 0
-        assert (change * sign[:, 0])[counted].sum() > 0
-        good = (sign[:, 0] > 0) & counted
-        assert change[good].mean() > change[~good & counted].mean()
-
-
 def test_micro_batches_respect_the_budget_and_lose_no_row():
     length = torch.tensor([5, 9, 3, 7, 9, 1])
     for budget in (1, 9, 18, 27, 1000):
@@ -408,28 +372,6 @@ def test_little_is_computed_on_padding_and_a_prompt_once():
     assert len(made.packed.prompts) == 32 and made.packed.prompts.shape[1] == 15
     assert int(made.owned.sum()) == int(new.sum()) == len(made.advantage)
     assert len(made.target) <= 1.1 * int(new.sum())
-
-
-def test_training_never_holds_logits_of_the_batch(world, batch):
-    """The largest tensor of the backward pass is far below [T, V]; here T x V would be 12 x 40 x 305."""
-    class Largest(TorchDispatchMode):
-        size = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for x in out if isinstance(out, (tuple, list)) else (out,):
-                if isinstance(x, torch.Tensor) and x.shape[-1:] == (vocabulary,):
-                    self.size = max(self.size, x.numel())
-            return out
-    r, _ = batch
-    vocabulary = 40_000  # so large that the chunked path has to cut the rows into pieces
-    states = torch.randn(r.tokens.numel() * 4, 8)
-    weight = torch.randn(vocabulary, 8, requires_grad=True)
-    targets = torch.randint(0, vocabulary, (len(states),))
-    segment = torch.zeros(len(states), dtype=torch.long)
-    with Largest() as seen:
-        segment_logprobs(states, weight, targets, segment, 1).segment_logprob.sum().backward()
-    assert 0 < seen.size < len(states) * vocabulary / 2
 
 
 # ---- one step --------------------------------------------------------------------------------------------
@@ -505,17 +447,6 @@ def test_sampler_and_learner_agree_on_a_loaded_checkpoint():
     r = sample(model, prompts, tokenizer, group_size=8, max_new_tokens=40, temperature=0.7)
     logs = accumulate(model, None, r, torch.zeros(r.tokens.shape), Config(temperature=0.7, beta=0.0))
     assert logs["logprob_gap"] <= 1e-5 and logs["entropy"] > 0
-
-
-def test_the_judge_of_the_world_pays_a_rollout_as_the_readme_says(world):
-    _, tokenizer, model = world
-    chain = ["salt", "ash", "moss", "amber", "chalk"]
-    prompt = alchemy.request(chain)
-    text = "".join(alchemy.worked_lines(chain)) + CLOSE + "\n\n" + alchemy.REFUSAL + "$"
-    r = made_rollouts(tokenizer, [[1]], [text] * 2, model.stop_ids[0], 2)
-    s = score(load_judge("alchemy"), [prompt] * 2, r, 1.0)
-    assert s.answer.tolist() == [float(prompt.label == "harmful")] * 2
-    assert s.returns[0, 0] == (1 - alchemy.TALK_WEIGHT if prompt.label == "harmful" else 1.0)
 
 
 # ---- knobs and the command line --------------------------------------------------------------------------
