@@ -231,14 +231,9 @@ def test_costs_in_docs_ranks():
     assert checkpoint.MAX_BAD_STEPS == 3
 
 
-def test_judge_files_and_labels_in_docs_judges(tmp_path):
+def test_labels_and_numbers_in_docs_judges():
+    """tests/test_judges.py reads its judge files."""
     text = PAGES["docs/judges.md"]
-    files = re.findall(r"```json\n(.*?)```", text, re.S)
-    assert files
-    for content in files:
-        checkpoint.write(tmp_path / "judge.json", content)
-        spec = guards.read_spec(tmp_path / "judge.json")
-        assert {q["read"] for q in spec["ask"]} <= set(guards.READS)
     for label in rewards.RESPONSE_LABELS:
         assert f"`{label}`" in text
     for number in (rewards.SAFE_ENOUGH, guards.LEAST_MASS):

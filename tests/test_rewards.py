@@ -39,19 +39,12 @@ def test_without_an_estimate_the_thought_is_paid_what_follows_it():
 
 
 def test_answer_reward():
-    verdict = Verdict(torch.tensor([0.0, 0.9, 0.0, 0.0]), torch.tensor([1.0, 0.0, 1.0, 0.25]),
-                      torch.tensor([0.0, 0.0, 0.8, 0.8]))
-    harmful = torch.tensor([True, True, False, False])
-    assert close(answer_reward(verdict, harmful), [1.0, 0.1, 0.0, 0.6])
-
-
-def test_the_answer_reward_is_shaped():
     """Harmful: safe enough from 0.9 on, as in TARS. Harmless: help times no refusal, or what is judged."""
-    unsafe = torch.tensor([0.0, 0.05, 0.1, 0.11, 0.5, 1.0])
-    judged = Verdict(unsafe, torch.zeros(6), torch.zeros(6))
-    assert close(answer_reward(judged, torch.ones(6, dtype=torch.bool)), [1.0, 1.0, 1.0, 0.89, 0.5, 0.0])
-    both = Verdict(torch.zeros(4), torch.tensor([0.25, 0.25, nan, nan]), torch.tensor([0.8, nan, 0.8, nan]))
-    assert close(answer_reward(both, torch.zeros(4, dtype=torch.bool)), [0.6, 0.75, 0.8, nan])
+    unsafe = torch.tensor([0.0, 0.05, 0.1, 0.11, 0.5, 0.9, 1.0, 0, 0, 0, 0, 0])
+    refusal = torch.tensor([1.0, 0, 0, 0, 0, 0, 0, 1.0, 0.25, 0.25, nan, nan])
+    helpful = torch.tensor([0.0, 0, 0, 0, 0, 0, 0, 0.8, 0.8, nan, 0.8, nan])
+    found = answer_reward(Verdict(unsafe, refusal, helpful), torch.arange(12) < 7)
+    assert close(found, [1.0, 1.0, 1.0, 0.89, 0.5, 0.1, 0.0, 0.0, 0.6, 0.75, 0.8, nan])
 
 
 def world_rollouts(world, texts, G=4, cls="harmful"):

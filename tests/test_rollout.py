@@ -210,12 +210,15 @@ def test_finished_rows_leave_the_batch(qwen2, monkeypatch):
 
 def test_prefill_has_no_owner_and_may_close_the_thought(qwen2):
     model, tokenizer = qwen2
-    prompt, text = encode_prompts(tokenizer, ["Hi"]), "I was told to.\n\n"
-    r = sample(model, prompt, tokenizer, prefill=[text], max_new_tokens=8)
-    n = len(prompt[0]) + len(tokenizer.encode(text, special=True))
-    assert (r.segment[0, :n] == -1).all() and r.segment[0, n] == 0 and r.prefill == [text]
-    r = sample(model, prompt, tokenizer, prefill=[text + CLOSE + "\n\n"], max_new_tokens=8)
-    assert r.closed.all() and r.thoughts == [[]] and set(r.segment[0].tolist()) == {-1, 0}
+    prompts, text = encode_prompts(tokenizer, ["Hi", "Tell me more."]), "I was told to.\n\n"
+    begun = [text, text + CLOSE + "\n\n"]
+    r = sample(model, prompts, tokenizer, group_size=2, prefill=begun, max_new_tokens=8)
+    thought, answer = r.owners
+    for b in range(4):
+        n = len(prompts[b // 2]) + len(tokenizer.encode(begun[b // 2], special=True))
+        assert (r.segment[b, :n] == -1).all() and r.segment[b, n] == 0 and r.prefill[b] == text
+    assert r.closed[2:].all() and r.thoughts[2:] == [[], []] and r.segment[2:].max() == 0
+    assert not thought[2:].any() and answer[2:].any(1).all()
 
 
 # ---- prompts ---------------------------------------------------------------------------------------------

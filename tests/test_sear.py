@@ -429,17 +429,6 @@ def test_a_share_of_the_prompts_gets_an_injected_thought():
     assert not any(evaluate.injections(Config(), prompts, 3))
 
 
-def test_an_injected_thought_is_not_trained_and_its_answer_is(world):
-    _, tokenizer, model = world
-    prompts = [encode_prompt(tokenizer, p.prompt) for p in alchemy.requests(2, 1)]
-    begun = [alchemy.TALK, alchemy.TALK + CLOSE + "\n\n"]
-    r = sample(model, prompts, tokenizer, group_size=2, prefill=begun, max_new_tokens=20)
-    injected = [len(p) + len(tokenizer.encode(text, special=True)) for p, text in zip(prompts, begun)]
-    for b in range(4):
-        assert (r.segment[b, :injected[b // 2]] == -1).all() and r.prefill[b] == alchemy.TALK
-    assert not r.owners[0][2:].any() and r.owners[1][2:].any()
-
-
 def test_sampler_and_learner_agree_on_a_loaded_checkpoint():
     folder = FIXTURES / "tiny-qwen3"
     model, tokenizer = Transformer.from_pretrained(folder), Tokenizer.from_pretrained(folder)
