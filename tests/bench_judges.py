@@ -4,14 +4,13 @@
 
 The goal is a ratio of at most 1.3 on a CPU. All are timed in one run, in turns; the best of each counts.
 """
-import json
 import shutil
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from helpers import FIXTURES
+from helpers import FIXTURES, change_json
 from judge_helpers import QWEN3GUARD, WORDS, add_words
 
 from judges import guards
@@ -32,8 +31,7 @@ def main() -> None:
                         ignore=shutil.ignore_patterns("golden.json", "*.safetensors"))
         (folder / "chat_template.jinja").write_text(QWEN3GUARD)
         add_words(folder, WORDS["tiny-qwen3"])
-        config = json.loads((folder / "config.json").read_text()) | SHAPE
-        (folder / "config.json").write_text(json.dumps(config))
+        change_json(folder / "config.json", **SHAPE)
         Transformer.from_scratch(folder, 1).save_pretrained(folder)
         reader = guards.load_reader(str(folder))
     words = [token for token in range(300, 1900) if reader.tokenizer.token_bytes(token).isalpha()]

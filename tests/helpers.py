@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import rollout  # noqa: E402
+from lib import checkpoint  # noqa: E402
 from lib.data import InputError  # noqa: E402
 from model import Transformer, parse_config  # noqa: E402
 
@@ -30,6 +31,10 @@ def refusal(call, *arguments):
         call(*arguments)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def change_json(file, **values):
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 def made_rollouts(tokenizer, prompts, texts, stop_id, G, in_answer=False, logprob=-1.0):
@@ -71,9 +76,30 @@ def run_sear(*flags, before="", **options):
     """sear.py in its own process, with one thread. `before`: Python code that runs first, for example
     "import warmstart; warmstart.STEPS = 12"."""
     code = f"{before}\nimport sear, sys\nsys.exit(sear.main(sys.argv[1:]))"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     return subprocess.run([sys.executable, "-c", code, *map(str, flags)], capture_output=True, text=True,
                           timeout=150, env=environment, **options)
+
+
+def signalling(function, call, number):
+    """The function, whose nth call sends this process a signal before it begins."""
+    calls = iter(range(1, 1000))
+
+    def signalled(*args, **options):
+        if next(calls) == call:
+            os.kill(os.getpid(), number)
+        return function(*args, **options)
+    return signalled
+
+
+def logged(run):
+    """The rows of metrics.jsonl without the times."""
+    return [row | {"seconds": None} for row in checkpoint.rows(run / "metrics.jsonl")]
+
+
+def same_files(a, b, *names):
+    for name in names:
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
 
 
 # ---- what a rank holds and sends -------------------------------------------------------------------------

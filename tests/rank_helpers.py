@@ -8,6 +8,7 @@ import sys
 import time
 
 import torch
+from helpers import signalling
 
 import sear
 from lib import checkpoint, parallel
@@ -85,14 +86,9 @@ class Signal:
 
     def __call__(self, rank):
         parallel.TIMEOUT = self.timeout
-        module = sys.modules[self.module]
-        function, calls = getattr(module, self.name), iter(range(1, 1000))
-
-        def signalled(*args, **options):
-            if rank == 1 and next(calls) == self.call:
-                os.kill(os.getpid(), self.number)
-            return function(*args, **options)
-        setattr(module, self.name, signalled)
+        if rank == 1:
+            module = sys.modules[self.module]
+            setattr(module, self.name, signalling(getattr(module, self.name), self.call, self.number))
 
 
 class StopAfter:

@@ -10,7 +10,7 @@ from os.path import commonprefix
 import judge_helpers
 import pytest
 import torch
-from helpers import FIXTURES, ROOT, golden
+from helpers import FIXTURES, ROOT, change_json, golden, logged, same_files
 from judge_helpers import HARMBENCH_FILE, QWEN3GUARD, XSTEST, write_guard, write_mistral
 from safetensors.torch import load_file, save_file
 
@@ -59,10 +59,6 @@ def guard(folders):
 @pytest.fixture(scope="module")
 def reward():
     return load_reader(REWARD, reward=True)
-
-
-def change_json(file, **values):
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 ALL = load_prompts(XSTEST)
@@ -793,17 +789,6 @@ def run(policy, folders, out, **changes):
                       for x in (f"--{checkpoint.flag(name)}", value)])
 
 
-def metrics_of_the_same_runs(a, b):
-    for name in ("model/model.safetensors", "checkpoint/2/optimizer.safetensors"):
-        x, y = load_file(a / name), load_file(b / name)
-        assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x), name
-    rows = [[row | {"seconds": 0} for row in checkpoint.rows(folder / "metrics.jsonl")] for folder in (a, b)]
-    assert rows[0] == rows[1] and len(rows[0]) == 2
-    for name in ("eval.jsonl", "transcripts.jsonl", "checkpoint/2/state.json"):
-        assert (a / name).read_text() == (b / name).read_text(), name
-    return rows[0]
-
-
 @pytest.mark.parametrize("potential", ["text", "probe"])
 def test_a_killed_run_with_models_as_judges_resumes_to_the_same_bits(potential, policy, folders, tmp_path,
                                                                      monkeypatch):
@@ -822,7 +807,10 @@ def test_a_killed_run_with_models_as_judges_resumes_to_the_same_bits(potential, 
             sear.main(["--resume", str(tmp_path / "early")])
     assert (tmp_path / "early/checkpoint/1").exists()
     assert sear.main(["--resume", str(tmp_path / "early")]) == 0
-    metrics = metrics_of_the_same_runs(tmp_path / "whole", tmp_path / "early")
+    same_files(tmp_path / "whole", tmp_path / "early", "model/model.safetensors", "eval.jsonl",
+               "transcripts.jsonl", "checkpoint/2/optimizer.safetensors", "checkpoint/2/state.json")
+    metrics = logged(tmp_path / "whole")
+    assert logged(tmp_path / "early") == metrics and len(metrics) == 2
     for row in metrics:
         assert row["judge_calls"] > 16 * row["answered"]  # thoughts or probes too
         assert (row["probe_tokens"] > 0) == (potential == "probe")

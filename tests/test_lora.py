@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import FIXTURES, FOLDERS, made_rollouts, main
+from helpers import FIXTURES, FOLDERS, logged, made_rollouts, main, same_files
 from rank_helpers import StopAfter
 from safetensors.torch import load_file
 
@@ -191,9 +191,9 @@ def test_contents_of_a_run_with_an_adapter(run, start):
     checkpoint.load(run / "checkpoint/3", model, torch.optim.AdamW(model.parameters()))
     tokens, exported = TOKENS % 300, Transformer.from_pretrained(run / "model")
     assert (model(tokens) - exported(tokens)).abs().max() <= 1e-5
-    rows = checkpoint.rows(run / "metrics.jsonl")
-    assert all(row["grad_norm"] > 0 and row["logprob_gap"] <= 1e-5 for row in rows)
-    assert rows[0]["kl"] == 0 < rows[-1]["kl"]
+    metrics = logged(run)
+    assert all(row["grad_norm"] > 0 and row["logprob_gap"] <= 1e-5 for row in metrics)
+    assert metrics[0]["kl"] == 0 < metrics[-1]["kl"]
 
 
 def test_a_stopped_run_resumes_to_the_same_bits(run, start, tmp_path, monkeypatch):
@@ -204,11 +204,9 @@ def test_a_stopped_run_resumes_to_the_same_bits(run, start, tmp_path, monkeypatc
         assert main(*RUN, "--model", start, "--out", out) == 0
     assert checkpoint.latest(out).name == "1" and not (out / "adapter").exists()
     assert main("--resume", out) == 0
-    for name in ("model/model.safetensors", "adapter/adapter_model.safetensors",
-                 "checkpoint/3/weights.safetensors", "checkpoint/3/optimizer.safetensors"):
-        assert (out / name).read_bytes() == (run / name).read_bytes(), name
-    a, b = (checkpoint.rows(folder / "metrics.jsonl") for folder in (run, out))
-    assert [row | {"seconds": 0} for row in a] == [row | {"seconds": 0} for row in b]
+    same_files(out, run, "model/model.safetensors", "adapter/adapter_model.safetensors",
+               "checkpoint/3/weights.safetensors", "checkpoint/3/optimizer.safetensors")
+    assert logged(out) == logged(run)
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from helpers import FIXTURES, FOLDERS, ROOT, golden, refusal, write_random_folder
+from helpers import FIXTURES, FOLDERS, ROOT, change_json, golden, refusal, write_random_folder
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -333,7 +333,7 @@ def test_layer_types_say_which_layers_of_qwen_have_a_window():
 def test_a_config_that_does_not_fit_is_refused_in_one_sentence(tmp_path, changes, words):
     shutil.copytree(FIXTURES / "tiny-qwen2", tmp_path, dirs_exist_ok=True)
     (tmp_path / "generation_config.json").unlink()
-    (tmp_path / "config.json").write_text(json.dumps(config_of("tiny-qwen2", **changes)))
+    change_json(tmp_path / "config.json", **changes)
     fails(tmp_path, *words)
 
 
@@ -405,7 +405,7 @@ def test_an_equal_head_beside_tie_word_embeddings_stays_tied(tmp_path, capsys):
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.config.raw["tie_word_embeddings"] is True and not capsys.readouterr().err
     save_file(weights, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config_of("tiny-qwen3", tie_word_embeddings=False)))
+    change_json(folder / "config.json", tie_word_embeddings=False)
     fails(folder, "'lm_head.weight' is missing")
 
 
@@ -463,7 +463,7 @@ def test_weights_that_do_not_fit_are_refused_in_one_sentence(tmp_path):
 def chat_folder(folder, template=None, **generation):
     """tiny-qwen2, whose template ends a turn with <|im_end|> (1962), with another eos_token_id."""
     shutil.copytree(FIXTURES / "tiny-qwen2", folder)
-    (folder / "config.json").write_text(json.dumps(config_of("tiny-qwen2", eos_token_id=1960)))
+    change_json(folder / "config.json", eos_token_id=1960)
     (folder / "generation_config.json").write_text(json.dumps(generation))
     if template:
         (folder / "chat_template.jinja").write_text(template)

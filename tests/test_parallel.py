@@ -14,7 +14,7 @@ import time
 
 import pytest
 import torch
-from helpers import ROOT, made_rollouts, sharded
+from helpers import ROOT, logged, made_rollouts, same_files, sharded
 from rank_helpers import SERVER, Poison, Signal, StopAfter, become, begin, free_port, launch, sentence
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -76,15 +76,6 @@ def same_run(one, other):
     assert (one / "transcripts.jsonl").read_text() == (other / "transcripts.jsonl").read_text()
     a, b = (load_file(run / "model/model.safetensors") for run in (one, other))
     assert a.keys() == b.keys() and all(close(a[k], b[k], 1e-5) for k in a)
-
-
-def same_bits(one, other):
-    for name in ("model/model.safetensors", "checkpoint/4/weights.safetensors",
-                 "checkpoint/4/optimizer.safetensors"):
-        a, b = load_file(one / name), load_file(other / name)
-        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
-    a, b = (checkpoint.rows(run / "metrics.jsonl") for run in (one, other))
-    assert [row | {"seconds": None} for row in a] == [row | {"seconds": None} for row in b]
 
 
 # ---- gradients, tokens, weights --------------------------------------------------------------------------
@@ -345,7 +336,9 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_has_the_same_bits(start, tm
         [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node=2 --max-restarts=1".split(),
          __file__, *map(str, flags_for(start, broken))], capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr
-    same_bits(whole, broken)
+    same_files(whole, broken, "model/model.safetensors", "checkpoint/4/weights.safetensors",
+               "checkpoint/4/optimizer.safetensors")
+    assert logged(whole) == logged(broken)
 
 
 # ---- failures --------------------------------------------------------------------------------------------

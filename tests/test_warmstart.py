@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from helpers import FIXTURES, FOLDERS, ROOT, main, refusal, run_sear
+from helpers import FIXTURES, FOLDERS, ROOT, main, refusal, run_sear, same_files, signalling
 from safetensors.torch import load_file
 
 import sear
@@ -207,32 +207,20 @@ def resumes(run, out):
     """Stopped in the warm start, it goes on to the same bits."""
     assert not (out / "start").exists() and checkpoint.latest(out / "warm")
     assert main("--resume", out) == 0
-    assert (out / "warm_start.jsonl").read_text() == (run / "warm_start.jsonl").read_text()
-    for name in ("start", "model"):
-        a, b = (load_file(folder / name / "model.safetensors") for folder in (run, out))
-        assert all(torch.equal(a[k], b[k]) for k in a)
-
-
-SIGNALLED = """
-imitate, calls = warmstart.imitate, iter(range(1, 99))
-def signalled(*arguments):
-    if next(calls) == 9:
-        os.kill(os.getpid(), number)
-    return imitate(*arguments)
-warmstart.imitate = signalled"""
+    same_files(run, out, "warm_start.jsonl", "start/model.safetensors", "model/model.safetensors")
 
 
 def test_sigterm_saves_a_warm_start_and_it_resumes_to_the_same_bits(whole, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(warmstart, "imitate", warmstart.imitate)  # put back at the end
-    exec(SIGNALLED, dict(warmstart=warmstart, os=os, number=signal.SIGTERM))
+    monkeypatch.setattr(warmstart, "imitate", signalling(warmstart.imitate, 9, signal.SIGTERM))
     assert main(*whole[1], "--out", tmp_path / "run") == 0
     assert "stopped and saved" in capsys.readouterr().err
     resumes(whole[0], tmp_path / "run")
 
 
 def test_a_killed_warm_start_resumes_to_the_same_bits(whole, tmp_path):
-    before = (f"import os, warmstart; number = {int(signal.SIGKILL)}\n"
-              + "".join(f"warmstart.{name} = {value}\n" for name, value in FEW.items()) + SIGNALLED)
+    before = ("import sear, signal, helpers, warmstart\n"
+              "warmstart.imitate = helpers.signalling(warmstart.imitate, 9, signal.SIGKILL)\n"
+              + "".join(f"warmstart.{name} = {value}\n" for name, value in FEW.items()))
     process = run_sear(*whole[1], "--out", tmp_path / "run", before=before)
     assert process.returncode == -signal.SIGKILL, process.stderr
     resumes(whole[0], tmp_path / "run")

@@ -4,8 +4,8 @@ import re
 import sys
 
 import pytest
-from helpers import ROOT
-from test_run import SMALL, main, rows
+from helpers import ROOT, logged, main
+from test_run import SMALL
 
 from lib import checkpoint, watch
 
@@ -75,7 +75,7 @@ def test_no_watcher_is_imported_unless_asked_for_and_none_changes_the_run(run, t
     assert main(*flags, "--steps", 0, "--out", tmp_path / "run") == 0
     assert not sys.modules.keys() & {*watch.WATCHERS, "torch.utils.tensorboard"}
     assert main(*flags, "--log", "trackio", "--out", tmp_path / "sent") == 0
-    assert rows(whole) == rows(tmp_path / "sent")
+    assert logged(whole) == logged(tmp_path / "sent")
 
 
 @pytest.mark.parametrize("name", watch.WATCHERS)
