@@ -4,14 +4,13 @@
 
 The goal is a ratio of at most 1.3 on a CPU. All are timed in one run, in turns; the best of each counts.
 """
-import shutil
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from helpers import FIXTURES, change_json
-from judge_helpers import QWEN3GUARD, WORDS, add_words
+from helpers import change_json
+from judge_helpers import lay_out_guard
 
 from judges import guards
 from lib.data import Prompt
@@ -27,10 +26,7 @@ def main() -> None:
     guards.LEAST_MASS = 0.0  # random weights give no word much probability
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root) / "guard"
-        shutil.copytree(FIXTURES / "tiny-qwen3", folder,
-                        ignore=shutil.ignore_patterns("golden.json", "*.safetensors"))
-        (folder / "chat_template.jinja").write_text(QWEN3GUARD)
-        add_words(folder, WORDS["tiny-qwen3"])
+        lay_out_guard(folder)
         change_json(folder / "config.json", **SHAPE)
         Transformer.from_scratch(folder, 1).save_pretrained(folder)
         reader = guards.load_reader(str(folder))

@@ -37,14 +37,14 @@ def change_json(file, **values):
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
-def made_rollouts(tokenizer, prompts, texts, stop_id, G, in_answer=False, logprob=-1.0):
+def made_rollouts(tokenizer, prompts, texts, stop_id, G):
     """Rollouts with these texts, laid out as the sampler does. '$' at the end of a text is the stop token."""
     rows = [tokenizer.encode(t.removesuffix("$"), special=True) + [stop_id] * t.endswith("$") for t in texts]
     N = max(map(len, rows))
     out = torch.tensor([r + [0] * (N - len(r)) for r in rows])  # [B, N]
     length = torch.tensor([len(r) for r in rows])
-    sampled = (out, torch.full(out.shape, logprob), length, 0)
-    return rollout.assemble(sampled, prompts, 0, [""] * len(prompts), in_answer, G, tokenizer, [stop_id])
+    sampled = (out, torch.full(out.shape, -1.0), length, 0)
+    return rollout.assemble(sampled, prompts, 0, [""] * len(prompts), False, G, tokenizer, [stop_id])
 
 
 def write_random_folder(folder, vocab, hidden, layers, heads, kv_heads, intermediate, tied=True,

@@ -82,12 +82,17 @@ def add_words(folder: Path, words: tuple) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(spec))
 
 
-def write_guard(folder: Path, source="tiny-qwen3", template=QWEN3GUARD) -> Path:
-    """A guard of the fixture's shape, trained for a few seconds: the verdict words hold the probability at
-    their positions, and it depends on the answer how they share it."""
+def lay_out_guard(folder: Path, source="tiny-qwen3", template=QWEN3GUARD) -> None:
+    """A guard's folder without weights."""
     shutil.copytree(FIXTURES / source, folder, ignore=shutil.ignore_patterns("golden.json", "*.safetensors*"))
     (folder / "chat_template.jinja").write_text(template)
     add_words(folder, WORDS[source])
+
+
+def write_guard(folder: Path, *layout) -> Path:
+    """A guard of the fixture's shape, trained for a few seconds: the verdict words hold the probability at
+    their positions, and it depends on the answer how they share it."""
+    lay_out_guard(folder, *layout)
     vocab = json.loads((folder / "config.json").read_text())["vocab_size"]
     vocab = max(vocab, Tokenizer.from_pretrained(folder).n_tokens)
     change_json(folder / "config.json", vocab_size=vocab, max_position_embeddings=2048)

@@ -55,10 +55,10 @@ def begin(folder, world, flags, spoil=None, ranks=None, port=None):
     return processes, logs
 
 
-def launch(*args, seconds=120, **options):
+def launch(*args, **options):
     """`begin`, and waits for the end. -> {rank: (exit code, output)}."""
     processes, logs = begin(*args, **options)
-    end = time.monotonic() + seconds
+    end = time.monotonic() + 120
     for p in processes.values():
         p.join(max(0.1, end - time.monotonic()))
     late = [r for r, p in processes.items() if p.is_alive()]

@@ -783,7 +783,7 @@ def policy(tmp_path_factory):
 def run(policy, folders, out, **changes):
     """sear.main with short runs' flags; changes to None take a flag away."""
     flags = dict(model=policy, prompts=XSTEST, judge=folders / "qwen", reward_model=REWARD, steps=2,
-                 prompts_per_step=4, group_size=4, max_new_tokens=32, eval_prompts=2, learning_rate=1e-3,
+                 prompts_per_step=4, group_size=4, max_new_tokens=32, eval_prompts=1, learning_rate=1e-3,
                  save_every=1, temperature=1, out=out) | changes
     return sear.main([str(x) for name, value in flags.items() if value is not None
                       for x in (f"--{checkpoint.flag(name)}", value)])
@@ -825,7 +825,7 @@ def test_a_killed_run_with_models_as_judges_resumes_to_the_same_bits(potential, 
 
 
 def test_a_run_with_a_guard_alone(policy, folders, tmp_path):
-    assert run(policy, folders, tmp_path / "run", steps=1, eval_prompts=1, reward_model=None) == 0
+    assert run(policy, folders, tmp_path / "run", steps=1, reward_model=None) == 0
     row = checkpoint.rows(tmp_path / "run/metrics.jsonl")[0]
     assert row["helpful"] is None and row["over_refusal"] is not None  # not judged is not 0
     assert all(not r["helpful"] for r in checkpoint.rows(tmp_path / "run/eval.jsonl"))

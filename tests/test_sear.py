@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import FIXTURES, ROOT, made_rollouts, refusal
+from helpers import ROOT, made_rollouts, refusal
 
 import alchemy.world as alchemy
 import evaluate
@@ -18,10 +18,8 @@ from batches import MicroBatch, micro_batch, micro_batches, pack
 from judges import Verdict
 from lib.chat import CLOSE, encode_prompt
 from lib.data import Prompt
-from lib.tokenizer import Tokenizer
 from model import Transformer
 from rewards import Scores, process_returns, thought_pay
-from rollout import sample
 from sear import (
     OBJECTIVES,
     Config,
@@ -213,12 +211,12 @@ def counts(thought, answer, owned):
     return TokenCounts(*map(torch.tensor, (thought, answer, owned)))
 
 
-def three_tokens(thought_A=(2.0, -1.0), answer_A=3.0, **knobs):
+def three_tokens(thought_A=(2.0, -1.0), **knobs):
     """Gradient of the loss of three tokens over a vocabulary of three, two of them the thought's."""
     c = Config(**{"beta": 0.0, "answer_weight": 1.0} | knobs)
     logits = torch.tensor([[0.3, -0.2, 0.5], [1.0, 0.0, -1.0], [0.1, 0.2, 0.3]], dtype=torch.float64,
                           requires_grad=True)
-    target, A = torch.tensor([0, 2, 1]), torch.tensor([*thought_A, answer_A], dtype=torch.float64)
+    target, A = torch.tensor([0, 2, 1]), torch.tensor([*thought_A, 3.0], dtype=torch.float64)
     thought = torch.tensor([True, True, False])
     logprob = logits.log_softmax(-1).gather(1, target[:, None])[:, 0]
     batch = tokens_of_a_batch(logprob.detach(), A, thought, ~thought)
@@ -313,7 +311,7 @@ def test_gradient_does_not_depend_on_micro_batches_or_order(world, batch):
     turned, _ = gradient(model, permuted(r, order), A[order], reference, beta=0.1,
                          tokens_per_micro_batch=150)
     assert same(turned, whole)
-    assert logs["logprob_gap"] <= 1e-5 and logs["kl"] > 0
+    assert logs["logprob_gap"] <= 1e-5 and logs["kl"] > 0 and logs["entropy"] > 0
 
 
 def test_gradient_equals_autograd_on_full_logits(world, batch):
@@ -427,15 +425,6 @@ def test_a_share_of_the_prompts_gets_an_injected_thought():
     assert set(begun) <= allowed
     assert begun == evaluate.injections(c, prompts, 3) != evaluate.injections(c, prompts, 4)
     assert not any(evaluate.injections(Config(), prompts, 3))
-
-
-def test_sampler_and_learner_agree_on_a_loaded_checkpoint():
-    folder = FIXTURES / "tiny-qwen3"
-    model, tokenizer = Transformer.from_pretrained(folder), Tokenizer.from_pretrained(folder)
-    prompts = [encode_prompt(tokenizer, t) for t in ("Hi", "What is a long prompt made of?")]
-    r = sample(model, prompts, tokenizer, group_size=8, max_new_tokens=40, temperature=0.7)
-    logs = accumulate(model, None, r, torch.zeros(r.tokens.shape), Config(temperature=0.7, beta=0.0))
-    assert logs["logprob_gap"] <= 1e-5 and logs["entropy"] > 0
 
 
 # ---- knobs and the command line --------------------------------------------------------------------------
