@@ -55,8 +55,8 @@ def begin(folder, world, flags, spoil=None, ranks=None, port=None):
     return processes, logs
 
 
-def launch(*args, **options):
-    """`begin`, and waits for the end. -> {rank: (exit code, output)}."""
+def launch(*args, code=None, **options):
+    """`begin`, and waits for the end, with this exit code of all. -> {rank: (exit code, output)}."""
     processes, logs = begin(*args, **options)
     end = time.monotonic() + 120
     for p in processes.values():
@@ -66,6 +66,7 @@ def launch(*args, **options):
         processes[r].kill()
     texts = {r: log.read_text(errors="replace") for r, log in logs.items()}
     assert not late, (late, texts)
+    assert code is None or {p.exitcode for p in processes.values()} == {code}, texts
     return {r: (p.exitcode, texts[r]) for r, p in processes.items()}
 
 

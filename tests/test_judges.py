@@ -193,22 +193,6 @@ def test_harmbenchs_classifier_through_a_judge_file(folders, monkeypatch):
         assert found == pytest.approx(unsafe / sum(p.values()), abs=1e-5)
 
 
-def test_sentencepiece_tokens_are_those_of_the_tokenizers_library(folders):
-    """Ids by tokenizers 0.23.3, from the same tokenizer.json."""
-    tokenizer = Tokenizer.from_pretrained(folders / "wildguard-7b")
-    for text, ids in [
-            ("yes", [356]), ("no yes", [358, 356]), (" yes", [259, 356]), ("", []),
-            ("Answer: [/INST]",
-             [259, 292, 337, 342, 346, 328, 341, 285, 259, 318, 274, 300, 305, 310, 311, 320]),
-            ("<s>[INST] yes", [1, 259, 318, 300, 305, 310, 311, 320, 356]),
-            ("a</s> no<s>", [259, 324, 2, 259, 358, 1]),
-            ("Noé 漢\n\n  yesyes", [363, 198, 172, 259, 233, 191, 165, 13, 13, 259, 356, 355]),
-            ("<0x41>", [259, 287, 275, 347, 279, 276, 289])]:
-        assert tokenizer.encode(text, special=True) == ids, text
-    assert tokenizer.decode([363, 198, 172, 259, 233, 191, 165]) == " Noé 漢"
-    assert tokenizer.encode("yes", inside=True) == [355] and 1 not in tokenizer.encode("<s>")
-
-
 LLAMA_LIKE = ("{% for m in messages %}<|im_start|>{{ m.role }}\n\n{{ m.content | trim }}<|im_end|>\n"
               "{% endfor %}")
 # Qwen3's: the last answer gets a thought, be it empty, and what is before </think> is the thought.

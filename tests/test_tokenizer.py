@@ -151,6 +151,7 @@ def test_sentencepiece_agrees_with_tokenizers(case, tmp_path):
     for text, ids, decoded in zip(golden["texts"], case["ids"], case["decoded"], strict=True):
         assert tokenizer.encode(text, special=True) == ids, text
         assert tokenizer.decode(ids) in (decoded, " " + decoded)  # some layouts drop the first space
+    assert tokenizer.encode("a", inside=True) == [tokens.index("a")] and 1 not in tokenizer.encode("<s>")
 
 
 # ---- encoding and decoding ---------------------------------------------------------------------------------
