@@ -9,8 +9,6 @@ from unittest.mock import patch
 
 import pytest
 from helpers import FIXTURES, ROOT, refusal
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from lib import data
 from lib.data import InputError, Prompt, describe, load_eval_files, load_prompts, without
@@ -433,12 +431,10 @@ def mutated(rng):
     return f"{name}.{suffix}", text, label
 
 
-@settings(max_examples=100, deadline=None, database=None, derandomize=True)
-@given(seed=st.integers(0, 2**32))
-def test_mutated_files_are_read_as_by_a_slow_reader_or_refused(seed):
-    rng, counts = random.Random(seed), [0, 0]
+def test_mutated_files_are_read_as_by_a_slow_reader_or_refused():
+    rng, counts = random.Random(0), [0, 0]
     with patch.object(Path, "read_bytes") as read_bytes:  # no disk: 100 files take 30 ms
-        for _ in range(100):
+        for _ in range(10_000):
             name, text, label = mutated(rng)
             read_bytes.return_value = text.encode()
             expected = slow_reader(name, text, label)
@@ -449,7 +445,7 @@ def test_mutated_files_are_read_as_by_a_slow_reader_or_refused(seed):
                 found = None
             assert found == expected, (name, text, label)
             counts[found is None] += 1
-    assert min(counts) >= 10, counts
+    assert min(counts) >= 1000, counts
 
 
 # ---- injected thoughts -----------------------------------------------------------------------------------
