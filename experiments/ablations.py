@@ -26,7 +26,6 @@ from lib.data import expect, read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = tuple("--prompts-per-step 2 --group-size 2 --max-new-tokens 12 --steps 2 --eval-prompts 1".split())
-NO_EVALUATION = ("--eval-prompts", "0")
 LONG, RARE = ("--chain", "12"), ("--talks", "0.1")
 
 
@@ -93,7 +92,7 @@ def plan(experiments: list[Experiment], out: Path,
                 own, folder = ("--seed", str(seed), *begin), out / f"{re.sub('[ =]', '-', name)}-seed{seed}"
                 plain = None if begin else out / f"{name.split()[0]}-seed{seed}"
                 start = out / f"start{''.join(begin).replace('--', '-')}-seed{seed}"
-                starts[start] = Run(start, (*own, *more, "--steps", "0", *NO_EVALUATION))
+                starts[start] = Run(start, (*own, *more, "--steps", "0", "--eval-prompts", "0"))
                 flags = (*own, *flags, *more, "--model", str(start / "start"))
                 tables[table].append(Run(folder, flags, plain))
     return list(starts.values()), tables
