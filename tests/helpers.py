@@ -33,6 +33,16 @@ def refusal(call, *arguments):
     return str(caught.value)
 
 
+def close(a, b, atol=1e-6):
+    """Equal numbers; b may be a list, and nan equals nan."""
+    return torch.allclose(a, torch.as_tensor(b, dtype=a.dtype), atol=atol, equal_nan=True)
+
+
+def within(a, b, tolerance):
+    """The norm of the difference is at most this share of that of b, which is not 0."""
+    return (a - b).norm() <= tolerance * b.norm() and b.norm() > 0
+
+
 def change_json(file, **values):
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 

@@ -14,7 +14,7 @@ import time
 
 import pytest
 import torch
-from helpers import ROOT, logged, made_rollouts, same_files, sharded
+from helpers import ROOT, logged, made_rollouts, same_files, sharded, within
 from rank_helpers import SERVER, Poison, Signal, StopAfter, become, begin, free_port, launch, sentence
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -58,10 +58,6 @@ def flags_for(start, out, *flags):
     return [*SMALL, "--model", start, "--out", out, *flags]
 
 
-def close(a, b, tolerance):
-    return (a - b).norm() <= tolerance * b.norm() and b.norm() > 0
-
-
 def same_run(one, other):
     """Tokens and texts are equal, counts and rewards too; fp32 sums in another order are equal to 1e-5."""
     a, b = (checkpoint.rows(run / "metrics.jsonl") for run in (one, other))
@@ -75,7 +71,7 @@ def same_run(one, other):
                 assert y[key] == (x[key] if x[key] is None else pytest.approx(x[key], rel=1e-12)), key
     assert (one / "transcripts.jsonl").read_text() == (other / "transcripts.jsonl").read_text()
     a, b = (load_file(run / "model/model.safetensors") for run in (one, other))
-    assert a.keys() == b.keys() and all(close(a[k], b[k], 1e-5) for k in a)
+    assert a.keys() == b.keys() and all(within(a[k], b[k], 1e-5) for k in a)
 
 
 # ---- gradients, tokens, weights --------------------------------------------------------------------------
@@ -132,13 +128,13 @@ def check_gradients(folder, mine):
         for budget, again in ((1, False), (400, True), (10_000, False)):
             found, norm, logs, models = gradients(folder, mine, shard, budget, again=again)
             for name, g in found.items():
-                assert close(g, expected[name], 1e-6), (shard, budget, name)
+                assert within(g, expected[name], 1e-6), (shard, budget, name)
             assert norm == pytest.approx(expected["norm"].item(), rel=1e-6)
             loss = parallel.all_sum(torch.tensor(logs["loss"], dtype=torch.float64)).item()
             assert loss == pytest.approx(expected["loss"].item(), abs=1e-6)
     a, b = (gradients(folder, mine, shard, 300, torch.bfloat16)[0] for shard in (False, True))
     heads = {"lm_head.weight", "model.embed_tokens.weight"}
-    assert all(close(a[n], b[n], 1e-3 if n in heads else 1e-6) for n in a)
+    assert all(within(a[n], b[n], 1e-3 if n in heads else 1e-6) for n in a)
     return models
 
 
@@ -283,7 +279,7 @@ def test_an_adapter_is_the_same_on_one_rank_and_on_two(start, tmp_path):
     assert sear.main(["--resume", str(two)]) == 0
     same_run(one, two)
     a, b = (load_file(run / "adapter/adapter_model.safetensors") for run in (one, two))
-    assert len(a) > 20 and a.keys() == b.keys() and all(close(a[k], b[k], 1e-6) for k in a)
+    assert len(a) > 20 and a.keys() == b.keys() and all(within(a[k], b[k], 1e-6) for k in a)
 
 
 def test_evaluations_are_the_same_on_any_number_of_ranks(start, tmp_path):
@@ -296,7 +292,7 @@ def test_evaluations_are_the_same_on_any_number_of_ranks(start, tmp_path):
         rows = [checkpoint.rows(out / file) for out in (one, two)]
         assert rows[0] == rows[1] and {"before", "step-2", "step-4", "after"} == {r["stage"] for r in rows[0]}
     a, b = (load_file(out / "best/model.safetensors") for out in (one, two))
-    assert a.keys() == b.keys() and all(close(a[k], b[k], 1e-4) for k in a)
+    assert a.keys() == b.keys() and all(within(a[k], b[k], 1e-4) for k in a)
 
 
 def few_supervised_steps(rank):
@@ -318,7 +314,7 @@ def test_a_warm_start_is_the_same_on_any_number_of_ranks(start, tmp_path, world,
     for kind in ("file", "world"):
         a, b = (load_file(tmp_path / kind / name / "start/model.safetensors") for name in ("one", "many"))
         assert kind == "file" or all(torch.equal(a[k], b[k]) for k in a)
-        assert all(close(b[k], a[k], 1e-6) for k in a)
+        assert all(within(b[k], a[k], 1e-6) for k in a)
         a, b = (checkpoint.rows(tmp_path / kind / name / "warm_start.jsonl") for name in ("one", "many"))
         for x, y in zip(a, b):
             assert y == pytest.approx(x, rel=1e-5)

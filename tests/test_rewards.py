@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from helpers import made_rollouts
+from helpers import close, made_rollouts
 
 import alchemy.world as alchemy
 from judges import Judge, Verdict, load_judge, rules_judge
@@ -13,10 +13,6 @@ from rewards import answer_reward, process_returns, score
 from rollout import sample
 
 nan = math.nan
-
-
-def close(a, b):
-    return torch.allclose(a, torch.tensor(b), atol=1e-6, equal_nan=True)
 
 
 def test_process_rewards_and_returns_by_hand():
