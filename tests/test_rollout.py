@@ -14,7 +14,7 @@ import rollout
 from kernels import segment_logprobs
 from lib.chat import CLOSE, OPEN, closing_tokens, encode_prompt
 from lib.data import InputError, Prompt, load_injections
-from lib.tokenizer import Tokenizer
+from lib.tokenizer import TOKENIZER_FILES, Tokenizer
 from model import Transformer
 from rollout import force_answers, sample, uniforms
 from sear import Config
@@ -253,8 +253,9 @@ ALWAYS_CLOSED = QWEN3_LIKE.partition("{% if enable")[0] + "<think>\n\n</think>\n
 
 def templated(template, name="tiny-qwen3"):
     """The tokenizer of a fixture with another chat template."""
-    files = Tokenizer.from_pretrained(FIXTURES / name).files
-    return Tokenizer(FIXTURES / name, files | {"chat_template.jinja": template})
+    folder = FIXTURES / name
+    files = {part: (folder / part).read_text("utf-8") for part in TOKENIZER_FILES if (folder / part).exists()}
+    return Tokenizer(folder, files | {"chat_template.jinja": template})
 
 
 @pytest.mark.parametrize("template, end", [

@@ -216,20 +216,15 @@ def test_only_files_and_folders_have_a_fingerprint(tmp_path, monkeypatch):
 
 # ---- a run without answers -----------------------------------------------------------------------------
 
-def answering(monkeypatch, shares):
-    """Steps have these shares of answers."""
-    train_step = sear.train_step
+def test_five_steps_in_a_row_without_answers_end_the_run(start, tmp_path, monkeypatch, capsys):
+    """The first one warns, an answer starts the count anew, and a stop in between changes nothing."""
+    flags = [*SMALL, "--steps", "12", "--eval-prompts", "0", "--model", start]
+    shares, train_step = [0.5, 0.0, 0.04, 0.0, 0.0, 0.05, 0.0, 0.0, 0.0, 0.0, 0.0, 0.9], sear.train_step
 
     def step_with_share(*arguments):
         row, *others = train_step(*arguments)
         return row | {"answered": shares[row["step"]]}, *others
     monkeypatch.setattr(sear, "train_step", step_with_share)
-
-
-def test_five_steps_in_a_row_without_answers_end_the_run(start, tmp_path, monkeypatch, capsys):
-    """The first one warns, an answer starts the count anew, and a stop in between changes nothing."""
-    flags = [*SMALL, "--steps", "12", "--eval-prompts", "0", "--model", start]
-    answering(monkeypatch, [0.5, 0.0, 0.04, 0.0, 0.0, 0.05, 0.0, 0.0, 0.0, 0.0, 0.0, 0.9])
     assert main(*flags, "--out", tmp_path / "whole") == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if "fewer than 5%" in line]
     assert len(lines) == 2 and "step 1: fewer than 5%" in lines[0] and "5 such steps in a row" in lines[0]
