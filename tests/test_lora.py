@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from helpers import FIXTURES, FOLDERS, logged, made_rollouts, main, same_files, within
-from rank_helpers import StopAfter
+from rank_helpers import stop_after
 from safetensors.torch import load_file
 
 import sear
@@ -200,7 +200,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(run, start, tmp_path, monkeypatc
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "stop_requested", checkpoint.stop_requested)  # put back afterwards
-        StopAfter(1)(0)
+        stop_after(1, 0)
         assert main(*RUN, "--model", start, "--out", out) == 0
     assert checkpoint.latest(out).name == "1" and not (out / "adapter").exists()
     assert main("--resume", out) == 0

@@ -11,11 +11,12 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
 from helpers import ROOT, logged, made_rollouts, same_files, sharded, within
-from rank_helpers import SERVER, Poison, Signal, StopAfter, become, begin, free_port, launch, sentence
+from rank_helpers import SERVER, become, begin, free_port, launch, poison, sentence, signal_in, stop_after
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -263,7 +264,8 @@ assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
 def test_a_run_is_the_same_on_any_number_of_ranks(alone, start, tmp_path, before, stop, after):
     """Sharded ranks stop, and another number of ranks resumes, one of them without a prompt."""
     out = tmp_path / "run"
-    ended = launch(tmp_path / "a", before, flags_for(start, out, "--shard", "yes"), StopAfter(stop), code=0)
+    ended = launch(tmp_path / "a", before, flags_for(start, out, "--shard", "yes"),
+                   partial(stop_after, stop), code=0)
     assert all("stopped and saved" in text for _, text in ended.values()), ended
     assert checkpoint.latest(out).name == str(stop) and not (out / "model").exists()
     launch(tmp_path / "b", after, flags_for(start, out, "--resume", "auto"), code=0)
@@ -275,7 +277,7 @@ def test_an_adapter_is_the_same_on_one_rank_and_on_two(start, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     lora = ("--lora-rank", "4", "--learning-rate", "0.001")
     assert sear.main([str(f) for f in flags_for(start, one, *lora)]) == 0
-    launch(tmp_path / "a", 2, flags_for(start, two, *lora), StopAfter(3), code=0)
+    launch(tmp_path / "a", 2, flags_for(start, two, *lora), partial(stop_after, 3), code=0)
     assert sear.main(["--resume", str(two)]) == 0
     same_run(one, two)
     a, b = (load_file(run / "adapter/adapter_model.safetensors") for run in (one, two))
@@ -335,12 +337,12 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_has_the_same_bits(start, tm
 # ---- failures --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("where, flags, kept", [
-    (Signal("inputs", "load_start", 1), "", []),
-    (Signal("sear", "rollout_step", 4), "", ["2"]),
-    (Signal("lib.parallel", "gather_full", 60), "--shard yes --save-every 1", [])])  # in the first checkpoint
+    (("inputs", "load_start", 1), "", []),
+    (("sear", "rollout_step", 4), "", ["2"]),
+    (("lib.parallel", "gather_full", 60), "--shard yes --save-every 1", [])])  # in the first checkpoint
 def test_a_killed_rank_ends_the_others_with_one_sentence(start, tmp_path, where, flags, kept):
     out = tmp_path / "run"
-    ended = launch(tmp_path / "log", 3, flags_for(start, out, *flags.split()), where)
+    ended = launch(tmp_path / "log", 3, flags_for(start, out, *flags.split()), partial(signal_in, *where))
     assert ended[1][0] == -signal.SIGKILL
     for rank in (0, 2):
         assert ended[rank][0] == 1 and f"rank {rank} lost another rank" in sentence(ended[rank][1])
@@ -349,7 +351,7 @@ def test_a_killed_rank_ends_the_others_with_one_sentence(start, tmp_path, where,
 
 def test_a_rank_that_hangs_ends_the_others_after_the_timeout(start, tmp_path):
     """In the middle of a checkpoint; its connections stay open."""
-    hang = Signal("lib.parallel", "gather_full", 60, signal.SIGSTOP, timeout=3.0)
+    hang = partial(signal_in, "lib.parallel", "gather_full", 60, number=signal.SIGSTOP, timeout=3.0)
     flags = flags_for(start, tmp_path / "run", "--shard", "yes", "--save-every", "1")
     processes, logs = begin(tmp_path, 2, flags, hang)
     processes[0].join(120)
@@ -364,13 +366,8 @@ def other_code(rank):
         checkpoint.environment = lambda: environment | {"source_sha256": "another"}
 
 
-class InFolder:
-    """Each rank works in its own folder."""
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __call__(self, rank):
-        os.chdir(self.folder / f"machine{rank}")
+def in_its_folder(folder, rank):
+    os.chdir(folder / f"machine{rank}")
 
 
 def check_difference(folder, flags, spoil, what):
@@ -393,7 +390,7 @@ def test_ranks_with_another_prompt_file_are_refused(start, tmp_path):
         word = "b" if rank == 1 else "a"
         (tmp_path / f"machine{rank}/p.jsonl").write_text(f'{{"prompt": "{word}", "label": "safe"}}\n')
     check_difference(tmp_path, flags_for(start, tmp_path / "run", "--prompts", "p.jsonl", "--judge", "rules"),
-                     InFolder(tmp_path), "the content of --prompts")
+                     partial(in_its_folder, tmp_path), "the content of --prompts")
 
 
 def impatient(rank):
@@ -435,7 +432,7 @@ def test_a_full_disk_is_one_sentence_on_every_rank(start, tmp_path):
 def test_three_steps_without_a_finite_number_end_the_run(start, tmp_path, world, shard, in_gradient):
     out = tmp_path / "run"
     flags = flags_for(start, out, "--shard", shard, "--save-every", "1")
-    ended = launch(tmp_path / "log", world, flags, Poison(in_gradient, 9))
+    ended = launch(tmp_path / "log", world, flags, partial(poison, in_gradient, 9))
     for code, text in ended.values():
         assert code == 1 and "step 2: loss or gradient is not finite" in sentence(text)
     assert all(f"step {step}: loss or gradient is not finite" in ended[0][1] for step in (0, 1))
@@ -455,7 +452,7 @@ def test_three_steps_without_a_finite_number_end_the_run(start, tmp_path, world,
 
 def test_a_run_goes_on_after_a_step_without_a_finite_number(start, tmp_path):
     out = tmp_path / "run"
-    launch(tmp_path / "log", 1, flags_for(start, out), Poison(False, 1), code=0)
+    launch(tmp_path / "log", 1, flags_for(start, out), partial(poison, False, 1), code=0)
     assert [row["skipped"] for row in checkpoint.rows(out / "metrics.jsonl")] == [True, False, False, False]
     before, after = load_file(start / "model.safetensors"), load_file(out / "model/model.safetensors")
     assert not torch.equal(before["lm_head.weight"], after["lm_head.weight"])
@@ -463,7 +460,7 @@ def test_a_run_goes_on_after_a_step_without_a_finite_number(start, tmp_path):
 
 if __name__ == "__main__":  # under torchrun: rank 1 is killed before the restart
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        Signal("sear", "rollout_step", 4)(int(os.environ["RANK"]))
+        signal_in("sear", "rollout_step", 4, int(os.environ["RANK"]))
     elif os.environ["RANK"] == "0":
         time.sleep(2)  # so that rank 1 comes first and finds what the dead ranks left in torchrun's store
     parallel.end(sear.main(sys.argv[1:]))
