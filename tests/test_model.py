@@ -350,7 +350,7 @@ def test_save_and_load_round_trip(name, tmp_path):
 
 def test_loading_peaks_at_the_models_own_bytes(tmp_path):
     """Mapping an fp32 file as a whole would peak at twice the model; 1.2 times the model is allowed."""
-    write_random_folder(tmp_path, 152_000, 384, 1, 4, 2, 512, tied=False, dtype=torch.float32)
+    write_random_folder(tmp_path, 76_000, 384, 1, 4, 2, 512, tied=False, dtype=torch.float32)
     code = f"""
 import re, sys
 sys.path.insert(0, {str(ROOT)!r})

@@ -41,12 +41,10 @@ SOURCES = [p for p in sorted(ROOT.rglob("*.py"))
            if not any(part in ("tests", "runs") or part[0] == "." for part in p.relative_to(ROOT).parts)]
 
 
-GENERATED = [(page, name) for page, blocks in report.BLOCKS.items() for name in blocks]
-
-
 # ---- generated blocks ------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("page, name", GENERATED)
+@pytest.mark.parametrize("page, name", [
+    (page, name) for page, blocks in report.BLOCKS.items() for name in blocks])
 def test_generated_blocks(page, name):
     """On a difference: python -m experiments.report. A size may be off by a tenth."""
     found, made = report.block(page, name)[1], report.BLOCKS[page][name]()

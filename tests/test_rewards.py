@@ -43,11 +43,10 @@ def test_answer_reward():
     assert close(found, [1.0, 1.0, 1.0, 0.89, 0.5, 0.1, 0.0, 0.0, 0.6, 0.75, 0.8, nan])
 
 
-def world_rollouts(world, texts, G=4, cls="harmful"):
+def world_rollouts(world, texts, G, label="harmful"):
     _, tokenizer, model = world
     chain = ["salt", "ash", "moss", "amber", "chalk"]
-    prompt = alchemy.request(chain)
-    prompt = Prompt(prompt.prompt, "harmful" if cls == "harmful" else "harmless", cls)
+    prompt = Prompt(alchemy.request(chain).prompt, label, label)
     lines = alchemy.worked_lines(chain, 4)
     texts = [t.replace("#", "".join(lines)).replace("1", lines[0]) for t in texts]
     return [prompt] * len(texts), made_rollouts(tokenizer, [[1]], texts, model.stop_ids[0], G)

@@ -166,15 +166,9 @@ FLAGS = ("--judge rules --steps 1 --prompts-per-step 2 --group-size 2 --max-new-
 FEW = dict(PASSES=5, MIN_STEPS=10, ROWS=4, TUNE_RATE=1e-3)
 
 
-@pytest.fixture(autouse=True)
-def few_steps(monkeypatch):
-    for name, value in FEW.items():
-        monkeypatch.setattr(warmstart, name, value)
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A finished run, and its flags but for --out."""
+    """A finished run, and its flags but for --out; runs have few steps from here on."""
     folder = tmp_path_factory.mktemp("warm")
     file = written(folder, *(ROW | {"prompt": f"How do I kill {i} processes?"} for i in range(12)))
     flags = [*FLAGS, "--prompts", FIXTURES / "prompts_xstest.csv", "--model", FIXTURES / "tiny-qwen2",
@@ -183,7 +177,7 @@ def whole(tmp_path_factory):
         for name, value in FEW.items():
             patch.setattr(warmstart, name, value)
         assert main(*flags, "--out", folder / "run") == 0
-    return folder / "run", flags
+        yield folder / "run", flags
 
 
 def test_the_model_learns_the_rows_and_rl_begins_from_it(whole):
