@@ -82,6 +82,14 @@ def rows_of(reader, prompt, answer, monkeypatch):
     return seen
 
 
+def passes(reader, monkeypatch):
+    """The shapes of the tokens of each forward pass from now on."""
+    shapes, hidden = [], reader.model.hidden
+    monkeypatch.setattr(reader.model, "hidden",
+                        lambda t, *a, **k: shapes.append(t.shape) or hidden(t, *a, **k))
+    return shapes
+
+
 @torch.no_grad()
 def states_of(reader, row):
     """States [1, T, D] of one token row behind the prefix, by itself."""
@@ -119,9 +127,9 @@ def test_golden_logits_give_the_verdict(monkeypatch):
                 assert found.item() == pytest.approx(((p[1] / 2 + p[2]) / p.sum()).item(), abs=1e-4)
 
 
-def test_golden_scores_of_a_reward_model(monkeypatch, reward):
-    g = golden("tiny-reward")["reward"]
-    chat = g["chats"][3]
+def test_golden_score_of_a_chat(monkeypatch):
+    """tests/test_model.py has the scores of other texts, alone and left-padded."""
+    chat = golden("tiny-reward")["reward"]["chats"][3]
     turns = [*chat["messages"][:-2], {"role": "user", "content": "{prompt}"},
              {"role": "assistant", "content": "{answer}"}]
     monkeypatch.setattr(guards, "TURNS", turns)
@@ -131,11 +139,6 @@ def test_golden_scores_of_a_reward_model(monkeypatch, reward):
     assert rows_of(longer, Prompt(question, ""), answer, monkeypatch)[0] == expected
     found = read_answers(longer, [Prompt(question, "")] * 2, [answer, answer + " Really."])
     assert found[0].item() == pytest.approx(chat["score"], abs=1e-4)
-    tokens, real = guards.left_pad([c["ids"] for c in g["cases"]], "cpu")
-    empty = reward.model.new_cache(len(tokens), tokens.shape[1])
-    with torch.no_grad():
-        scores = guards.verdict_probs(reward, reward.model.hidden(tokens, real, empty)[:, -1:], [])
-    assert torch.allclose(scores[:, 0], torch.tensor([c["score"] for c in g["cases"]]), atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["qwen", "llama", "llama-8b", "wildguard-7b", HARMBENCH, "reward"])
@@ -258,16 +261,10 @@ def test_a_batch_gives_the_verdicts_of_single_answers(guard, reward, monkeypatch
 
 
 def test_the_prefix_runs_once_and_each_answer_once_for_all_verdicts(guard, monkeypatch):
-    counted, hidden = [], guard.model.hidden
-
-    def count(tokens, *rest, **kw):
-        counted.append(tokens.numel())
-        return hidden(tokens, *rest, **kw)
-    monkeypatch.setattr(guard.model, "hidden", count)
     rows = rows_of(guard, PROMPTS[0], ANSWERS[0], monkeypatch)
-    counted.clear()
+    counted = passes(guard, monkeypatch)
     read_answers(guard, PROMPTS[:1] * 3, ANSWERS[:1] * 3)
-    assert counted == [3 * len(rows[0])] and guard.prefix.length > 20
+    assert counted == [(3, len(rows[0]))] and guard.prefix.length > 20
 
 
 # ---- adversarial answers
@@ -372,9 +369,7 @@ def test_one_pass_over_a_thought_judges_each_of_its_prefixes(guard, monkeypatch)
             alone = guards.verdict_probs(guard, states[:, -1:], [unsafe])
             assert found[i, k].item() == pytest.approx(alone.item(), abs=1e-5)
     # The three thoughts run once, and a suffix for each prefix that is not blank.
-    counted, hidden = [], guard.model.hidden
-    monkeypatch.setattr(guard.model, "hidden",
-                        lambda t, *a, **k: counted.append(t.shape) or hidden(t, *a, **k))
+    counted = passes(guard, monkeypatch)
     read_pieces(guard, asked, thoughts)
     assert counted[0][0] == 3 and sum(rows for rows, _ in counted[1:]) == 3 + 1 + 3
     assert all(columns == len(end) + unsafe.position + 1 for _, columns in counted[1:])
@@ -430,8 +425,7 @@ def test_a_stream_guard_reads_each_token(stream, monkeypatch):
         begin = len(commonprefix([tokens, prefix + before]))
         assert value.item() == pytest.approx(by_definition(stream, tokens, begin), abs=1e-5)
     assert found.max() - found.min() > 0.01
-    calls, hidden = [], reader.model.hidden
-    monkeypatch.setattr(reader.model, "hidden", lambda *a, **k: calls.append(1) or hidden(*a, **k))
+    calls = passes(reader, monkeypatch)
     phi = read_pieces(reader, asked, THOUGHTS)
     assert len(calls) == 1 and phi.isnan().sum(1).tolist() == [1, 3, 4, 0] and phi[3, 0] == 0.0
     for i, pieces in enumerate(THOUGHTS):
@@ -442,7 +436,7 @@ def test_a_stream_guard_reads_each_token(stream, monkeypatch):
                 assert phi[i, k].item() == pytest.approx(by_definition(stream, tokens, begin), abs=1e-5)
 
 
-def test_a_stream_guard_judges_unsafe_alone(stream, guard, reward, tmp_path):
+def test_a_stream_guard_judges_unsafe_alone(stream, tmp_path):
     judge = load_judge(str(stream), REWARD)
     assert judge.verdict(PROMPTS[:2], [""] * 2, ANSWERS[:2]).refusal.isnan().all()
     with pytest.raises(InputError, match="a judge of unsafe, and of refusal if there is no --reward-model"):

@@ -7,14 +7,12 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 if DEVICE == "cpu":
@@ -29,6 +27,7 @@ import kernels.segment_logprob as triton_path  # noqa: E402
 os.environ.pop("TRITON_INTERPRET", None)  # other tests start processes that must compile
 
 import test_kernels as common  # noqa: E402
+from helpers import ROOT  # noqa: E402
 
 import kernels  # noqa: E402
 from kernels import chunked, segment_logprobs  # noqa: E402
