@@ -69,7 +69,7 @@ print(max(1, found))' "$@" 2>/dev/null | tail -n 1) || true
 case "${1:-}" in
 test)
     shift
-    has "$python" ruff hypothesis xdist || "$python" -m pip install --quiet -r "$here/requirements-dev.txt"
+    has "$python" ruff xdist || "$python" -m pip install --quiet -r "$here/requirements-dev.txt"
     cd "$here" && "$python" -m ruff check --quiet . || exit
     # A process for each core, at most four; a file's tests share their fixtures, so they stay together.
     export OMP_NUM_THREADS=1

@@ -26,7 +26,6 @@ from lib.data import expect, read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = tuple("--prompts-per-step 2 --group-size 2 --max-new-tokens 12 --steps 2 --eval-prompts 1".split())
-NO_EVALUATION = ("--eval-prompts", "0")
 LONG, RARE = ("--chain", "12"), ("--talks", "0.1")
 
 
@@ -70,14 +69,11 @@ class Run(NamedTuple):
     plain: Path | None = None  # the run of its objective and seed alone, if it has the same start model
 
     @property
-    def done(self) -> bool:
-        return finished(self.folder)
-
-    @property
     def share(self) -> float:
         """How much of it is done, in [0, 1]."""
-        if self.done or not (self.folder / "config.json").exists():
-            return float(self.done)
+        done = finished(self.folder)
+        if done or not (self.folder / "config.json").exists():
+            return float(done)
         steps = read_json(self.folder / "config.json")["steps"]
         return len(rows(self.folder / "metrics.jsonl")) / (steps + 1)
 
@@ -93,7 +89,7 @@ def plan(experiments: list[Experiment], out: Path,
                 own, folder = ("--seed", str(seed), *begin), out / f"{re.sub('[ =]', '-', name)}-seed{seed}"
                 plain = None if begin else out / f"{name.split()[0]}-seed{seed}"
                 start = out / f"start{''.join(begin).replace('--', '-')}-seed{seed}"
-                starts[start] = Run(start, (*own, *more, "--steps", "0", *NO_EVALUATION))
+                starts[start] = Run(start, (*own, *more, "--steps", "0", "--eval-prompts", "0"))
                 flags = (*own, *flags, *more, "--model", str(start / "start"))
                 tables[table].append(Run(folder, flags, plain))
     return list(starts.values()), tables
@@ -113,7 +109,7 @@ def start(run: Run, threads: int) -> subprocess.Popen:
 def work_through(runs: list[Run], jobs: int, name: str) -> list[Run]:
     """Runs what is not done, `jobs` at a time, under one bar. -> the runs that are still not done. Raises
     Stopped after a signal, when all have ended."""
-    waiting, running = [run for run in runs if not run.done], {}
+    waiting, running = [run for run in runs if not finished(run.folder)], {}
     with tqdm(total=len(runs), desc=name, dynamic_ncols=True,
               bar_format="{l_bar}{bar}| {n:.1f}/{total} [{elapsed}<{remaining}{postfix}]") as bar:
         try:
@@ -134,7 +130,7 @@ def work_through(runs: list[Run], jobs: int, name: str) -> list[Run]:
                 process.wait()
     if STOP:
         raise Stopped
-    return [run for run in runs if not run.done]
+    return [run for run in runs if not finished(run.folder)]
 
 
 def compared(runs: list[Run]) -> list[Path]:
@@ -190,7 +186,7 @@ def main(arguments: list[str]) -> int:
     codes = [1] * bool(missing)
     tables.pop("early", None)  # measure.py reads these
     for table, runs in tables.items():
-        if folders := compared([run for run in runs if run.done]):
+        if folders := compared([run for run in runs if finished(run.folder)]):
             print(f"\n{table or 'default world'}")
             results = (given.results or given.out / "results") / table
             codes.append(evaluate.main([*map(str, folders), "--out", str(results)]))

@@ -14,6 +14,7 @@ import time
 import types
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -273,17 +274,13 @@ def gpu_report() -> list[str]:
     lines = [*absent, "", gpu_bits(), ""]
     lines += ["Errors against float64 at T = 2048, those of dH and dW over their largest entry.",
               *head("data", "D", "provider", "log-prob, nats", "dH", "dW")]
-    for D in (1536, 3584):
-        for peaked in (False, True):
-            lines += gpu_correct(D, peaked, found)
+    for D, peaked in product((1536, 3584), (False, True)):
+        lines += gpu_correct(D, peaked, found)
     lines += ["", "The time of peers excludes gathering the owned rows. TFLOP/s: 8NVD operations.",
               "Share: time of the products alone over the time. Extra: peak MB above inputs and gradients.",
               *head("data", "D", "T", "masked", "provider", "forward ms", "ms", "TFLOP/s", "share", "extra")]
-    for D in (1536, 3584):
-        for T in (4096, 16384, 65536):
-            for masked in (0.0, 0.6):
-                for peaked in (False, True):
-                    lines += gpu_case(T, D, masked, peaked, found)
+    for D, T, masked, peaked in product((1536, 3584), (4096, 16384, 65536), (0.0, 0.6), (False, True)):
+        lines += gpu_case(T, D, masked, peaked, found)
     lines += ["", "A decode step: log-probs of N rows.", *head("D", "N", "provider", "forward ms")]
     return lines + [line for D in (1536, 3584) for N in (1, 64, 128) for line in gpu_decode(D, N, found)]
 

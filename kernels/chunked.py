@@ -53,37 +53,22 @@ def blocks(part: slice, z: Tensor, space: Buffers) -> Iterator[tuple[slice, Tens
         yield rows, z[rows.start - part.start:rows.stop - part.start], space.scratch[:rows.stop - rows.start]
 
 
-def softmax_sums(z: Tensor, scratch: Tensor, top: Tensor, total: Tensor, moment: Tensor) -> None:
-    """Overwrites z [B, V] with e^d, d = z - top. Fills for each row, [B, 1]: top, the largest logit; total,
-    the sum of e^d; moment, the sum of e^d d."""
-    torch.amax(z, -1, keepdim=True, out=top)
-    torch.exp(torch.sub(z, top, out=scratch), out=z)
-    torch.sum(z, -1, keepdim=True, out=total)
-    torch.sum(scratch.mul_(z), -1, keepdim=True, out=moment)
-
-
-def products(dz: Tensor, x: Tensor, factor: Tensor, scale: Tensor, w: Tensor, part: slice,
-             dx: Tensor | None, dw: Tensor | None) -> None:
-    """Gradients of one chunk; factor [C, 1] times dz [C, V] is the gradient of its logits. Writes the rows of
-    dx and adds to dw; None: not needed. Overwrites x."""
-    if dw is not None:
-        dw.addmm_(dz.T, x.mul_(factor))
-    if dx is not None:
-        torch.mul(torch.mm(dz, w, out=x), factor * scale[part, None], out=dx[part])
-
-
 class LogprobEntropy(torch.autograd.Function):
     """(hidden [N, D], weight [V, D], targets [N], scale [N] = 1 / temperature) -> logprob, entropy [N]."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, scale):
         parts, w, space = prepare(hidden, weight)
-        target_logit, top, total, moment = (torch.empty_like(scale)[:, None] for _ in range(4))  # [N, 1]
+        # [N, 1]; top: the largest logit; with d = logit - top: total, the sum of e^d; moment, that of e^d d
+        target_logit, top, total, moment = (torch.empty_like(scale)[:, None] for _ in range(4))
         for part in parts:
             _, chunk = logits(hidden, w, scale, part, space)
             target_logit[part] = chunk.gather(1, targets[part, None])
             for rows, z, scratch in blocks(part, chunk, space):
-                softmax_sums(z, scratch, top[rows], total[rows], moment[rows])
+                torch.amax(z, -1, keepdim=True, out=top[rows])
+                torch.exp(torch.sub(z, top[rows], out=scratch), out=z)
+                torch.sum(z, -1, keepdim=True, out=total[rows])
+                torch.sum(scratch.mul_(z), -1, keepdim=True, out=moment[rows])
         log = total.log()  # >= 0: the largest logit counts e^0
         logprob, entropy = (target_logit - top - log)[:, 0], (log - moment / total)[:, 0]  # <= 0, >= 0
         ctx.save_for_backward(hidden, weight, targets, scale, top, total, entropy)
@@ -94,8 +79,8 @@ class LogprobEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_logprob, grad_entropy):
         # gradient of the logits = g (1[target] - p) - h p (log p + entropy), where p = e^d / total and g, h
-        # are the gradients of logprob and entropy. `products` applies what is constant in a row: 1 / total,
-        # and also g if there is no h
+        # are the gradients of logprob and entropy. `factor` applies what is constant in a row: 1 / total, and
+        # also g if there is no h
         hidden, weight, targets, scale, top, total, entropy = ctx.saved_tensors
         parts, w, space = prepare(hidden, weight)
         g = torch.zeros_like(total) if grad_logprob is None else grad_logprob[:, None]  # [N, 1]
@@ -116,7 +101,10 @@ class LogprobEntropy(torch.autograd.Function):
                     power = torch.exp(z, out=scratch)
                     z.add_(shift[rows]).mul_(-h[rows]).sub_(g[rows]).mul_(power)
             dz.scatter_add_(1, targets[part, None], at_target[part])  # p - 1 in fp32, before any rounding
-            products(dz, x, factor[part], scale, w, part, dx, dw)
+            if dw is not None:
+                dw.addmm_(dz.T, x.mul_(factor[part]))
+            if dx is not None:  # x is not needed any more
+                torch.mul(torch.mm(dz, w, out=x), factor[part] * scale[part, None], out=dx[part])
         return dx, None if dw is None else dw.to(weight.dtype), None, None
 
 

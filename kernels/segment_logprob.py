@@ -314,12 +314,6 @@ def matmul_into(out: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
     torch.addmm(out, a, b, beta=beta, out=out, **({} if out.dtype == a.dtype else {"out_dtype": out.dtype}))
 
 
-def chunk_width(rows: int, vocabulary: int, size: int) -> int:
-    """Columns of dlogits at a time: whole waves that fit DLOGITS_BYTES. At least two waves: each chunk reads
-    and writes dhidden [N, D] in fp32, with one wave a quarter of its product's time."""
-    return min(vocabulary, max(2, DLOGITS_BYTES // max(1, rows * size * WAVE)) * WAVE)
-
-
 # ---- autograd
 
 
@@ -349,7 +343,10 @@ class LogprobEntropy(torch.autograd.Function):
         dh = torch.zeros_like(h, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         dtype = weight.dtype if weight.dtype == h.dtype else torch.float32
         dw = torch.zeros_like(w, dtype=dtype) if ctx.needs_input_grad[1] else None  # [V, D]
-        width = chunk_width(len(h), len(w), h.element_size())
+        # whole waves that fit DLOGITS_BYTES, but at least two: each chunk reads and writes dh in fp32, with
+        # one wave a quarter of its product's time
+        waves = max(2, DLOGITS_BYTES // max(1, len(h) * h.element_size() * WAVE))
+        width = min(len(w), waves * WAVE)
         space = h.new_empty(len(h), triton.cdiv(width, 64) * 64)[:, :width]  # [N, chunk], aligned
         for start in range(0, len(w), width) if len(h) else ():
             dz = dlogits(space, start, *tiled, per_row, g_entropy)  # [N, width]

@@ -4,15 +4,13 @@
 
 The goal is a ratio of at most 1.3 on a CPU. All are timed in one run, in turns; the best of each counts.
 """
-import json
-import shutil
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from helpers import FIXTURES
-from judge_helpers import QWEN3GUARD, WORDS, add_words
+from helpers import change_json
+from judge_helpers import lay_out_guard
 
 from judges import guards
 from lib.data import Prompt
@@ -28,12 +26,8 @@ def main() -> None:
     guards.LEAST_MASS = 0.0  # random weights give no word much probability
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root) / "guard"
-        shutil.copytree(FIXTURES / "tiny-qwen3", folder,
-                        ignore=shutil.ignore_patterns("golden.json", "*.safetensors"))
-        (folder / "chat_template.jinja").write_text(QWEN3GUARD)
-        add_words(folder, WORDS["tiny-qwen3"])
-        config = json.loads((folder / "config.json").read_text()) | SHAPE
-        (folder / "config.json").write_text(json.dumps(config))
+        lay_out_guard(folder)
+        change_json(folder / "config.json", **SHAPE)
         Transformer.from_scratch(folder, 1).save_pretrained(folder)
         reader = guards.load_reader(str(folder))
     words = [token for token in range(300, 1900) if reader.tokenizer.token_bytes(token).isalpha()]

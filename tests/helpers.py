@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -12,6 +13,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import rollout  # noqa: E402
+from lib import checkpoint  # noqa: E402
+from lib.data import InputError  # noqa: E402
 from lib.folder import parse_config  # noqa: E402
 from model import Transformer  # noqa: E402
 
@@ -20,17 +23,39 @@ FOLDERS = ("tiny-qwen2", "tiny-qwen3", "tiny-llama3")
 
 
 def golden(name):
-    return json.loads((FIXTURES / name / "golden.json").read_text())
+    return json.loads((FIXTURES / name / "golden.json").read_text("utf-8"))
 
 
-def made_rollouts(tokenizer, prompts, texts, stop_id, G, in_answer=False, logprob=-1.0):
+def refusal(call, *arguments):
+    """The message of the InputError that the call must raise: one line, so one sentence."""
+    with pytest.raises(InputError) as caught:
+        call(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def close(a, b, atol=1e-6):
+    """Equal numbers; b may be a list, and nan equals nan."""
+    return torch.allclose(a, torch.as_tensor(b, dtype=a.dtype), atol=atol, equal_nan=True)
+
+
+def within(a, b, tolerance):
+    """The norm of the difference is at most this share of that of b, which is not 0."""
+    return (a - b).norm() <= tolerance * b.norm() and b.norm() > 0
+
+
+def change_json(file, **values):
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def made_rollouts(tokenizer, prompts, texts, stop_id, G):
     """Rollouts with these texts, laid out as the sampler does. '$' at the end of a text is the stop token."""
     rows = [tokenizer.encode(t.removesuffix("$"), special=True) + [stop_id] * t.endswith("$") for t in texts]
     N = max(map(len, rows))
     out = torch.tensor([r + [0] * (N - len(r)) for r in rows])  # [B, N]
     length = torch.tensor([len(r) for r in rows])
-    sampled = (out, torch.full(out.shape, logprob), length, 0)
-    return rollout.assemble(sampled, prompts, 0, [""] * len(prompts), in_answer, G, tokenizer, [stop_id])
+    sampled = (out, torch.full(out.shape, -1.0), length, 0)
+    return rollout.assemble(sampled, prompts, 0, [""] * len(prompts), False, G, tokenizer, [stop_id])
 
 
 def write_random_folder(folder, vocab, hidden, layers, heads, kv_heads, intermediate, tied=True,
@@ -62,9 +87,30 @@ def run_sear(*flags, before="", **options):
     """sear.py in its own process, with one thread. `before`: Python code that runs first, for example
     "import warmstart; warmstart.STEPS = 12"."""
     code = f"{before}\nimport sear, sys\nsys.exit(sear.main(sys.argv[1:]))"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     return subprocess.run([sys.executable, "-c", code, *map(str, flags)], capture_output=True, text=True,
                           timeout=150, env=environment, **options)
+
+
+def signalling(function, call, number):
+    """The function, whose nth call sends this process a signal before it begins."""
+    calls = iter(range(1, 1000))
+
+    def signalled(*args, **options):
+        if next(calls) == call:
+            os.kill(os.getpid(), number)
+        return function(*args, **options)
+    return signalled
+
+
+def logged(run):
+    """The rows of metrics.jsonl without the times."""
+    return [row | {"seconds": None} for row in checkpoint.rows(run / "metrics.jsonl")]
+
+
+def same_files(a, b, *names):
+    for name in names:
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
 
 
 # ---- what a rank holds and sends -------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from helpers import FIXTURES
+from helpers import FIXTURES, change_json
 from safetensors.torch import save_file
 
 from judges import guards
@@ -82,26 +82,28 @@ def add_words(folder: Path, words: tuple) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(spec))
 
 
-def write_guard(folder: Path, source="tiny-qwen3", template=QWEN3GUARD, context=2048) -> Path:
-    """A guard of the fixture's shape, trained for a few seconds: the verdict words hold the probability at
-    their positions, and it depends on the answer how they share it."""
+def lay_out_guard(folder: Path, source="tiny-qwen3", template=QWEN3GUARD) -> None:
+    """A guard's folder without weights."""
     shutil.copytree(FIXTURES / source, folder, ignore=shutil.ignore_patterns("golden.json", "*.safetensors*"))
     (folder / "chat_template.jinja").write_text(template)
     add_words(folder, WORDS[source])
-    config = json.loads((folder / "config.json").read_text())
-    config["vocab_size"] = max(config["vocab_size"], Tokenizer.from_pretrained(folder).n_tokens)
-    (folder / "config.json").write_text(json.dumps(config))
+
+
+def write_guard(folder: Path, *layout) -> Path:
+    """A guard of the fixture's shape, trained for a few seconds: the verdict words hold the probability at
+    their positions, and it depends on the answer how they share it."""
+    lay_out_guard(folder, *layout)
+    vocab = json.loads((folder / "config.json").read_text())["vocab_size"]
+    vocab = max(vocab, Tokenizer.from_pretrained(folder).n_tokens)
+    change_json(folder / "config.json", vocab_size=vocab, max_position_embeddings=2048)
     model = Transformer.from_scratch(folder, seed=1)
     model.save_pretrained(folder)
     train_words(model, guards.load_reader(str(folder)))
     model.save_pretrained(folder)
-    config |= {"tie_word_embeddings": False}
-    (folder / "config.json").write_text(json.dumps(config))
-    weights = {"lm_head.weight": model.head.weight} | dict(model.named_parameters())
-    save_file({k: p.detach().clone() for k, p in weights.items()}, folder / "model.safetensors")
-    weights["lm_head.weight"] = spread_head(guards.load_reader(str(folder)))
-    save_file({k: p.detach().clone() for k, p in weights.items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": context}))
+    head = {"lm_head.weight": spread_head(guards.load_reader(str(folder)))}
+    weights = {name: p.detach() for name, p in model.named_parameters()} | head
+    save_file(weights, folder / "model.safetensors")
+    change_json(folder / "config.json", tie_word_embeddings=False)
     return folder
 
 

@@ -8,6 +8,7 @@ import sys
 import time
 
 import torch
+from helpers import signalling
 
 import sear
 from lib import checkpoint, parallel
@@ -54,10 +55,10 @@ def begin(folder, world, flags, spoil=None, ranks=None, port=None):
     return processes, logs
 
 
-def launch(*args, seconds=120, **options):
-    """`begin`, and waits for the end. -> {rank: (exit code, output)}."""
+def launch(*args, code=None, **options):
+    """`begin`, and waits for the end, with this exit code of all. -> {rank: (exit code, output)}."""
     processes, logs = begin(*args, **options)
-    end = time.monotonic() + seconds
+    end = time.monotonic() + 120
     for p in processes.values():
         p.join(max(0.1, end - time.monotonic()))
     late = [r for r, p in processes.items() if p.is_alive()]
@@ -65,6 +66,7 @@ def launch(*args, seconds=120, **options):
         processes[r].kill()
     texts = {r: log.read_text(errors="replace") for r, log in logs.items()}
     assert not late, (late, texts)
+    assert code is None or {p.exitcode for p in processes.values()} == {code}, texts
     return {r: (p.exitcode, texts[r]) for r, p in processes.items()}
 
 
@@ -76,47 +78,30 @@ def sentence(text):
     return found[0]
 
 
-# ---- faults: called with the rank before sear.py begins --------------------------------------------------
+# ---- faults: called before sear.py begins, with the rank behind what a test fixes by partial() -----------
 
-class Signal:
+def signal_in(module, name, call, rank, number=signal.SIGKILL, timeout=60.0):
     """Rank 1 sends itself a signal in the nth call of a function. timeout: seconds that ranks wait."""
-    def __init__(self, module, name, call, number=signal.SIGKILL, timeout=60.0):
-        self.module, self.name, self.call, self.number, self.timeout = module, name, call, number, timeout
-
-    def __call__(self, rank):
-        parallel.TIMEOUT = self.timeout
-        module = sys.modules[self.module]
-        function, calls = getattr(module, self.name), iter(range(1, 1000))
-
-        def signalled(*args, **options):
-            if rank == 1 and next(calls) == self.call:
-                os.kill(os.getpid(), self.number)
-            return function(*args, **options)
-        setattr(module, self.name, signalled)
+    parallel.TIMEOUT = timeout
+    if rank == 1:
+        function = getattr(sys.modules[module], name)
+        setattr(sys.modules[module], name, signalling(function, call, number))
 
 
-class StopAfter:
+def stop_after(steps, rank):
     """Every rank is asked to stop after n steps."""
-    def __init__(self, steps):
-        self.steps = steps
-
-    def __call__(self, rank):
-        calls = iter(range(1, 1000))
-        checkpoint.stop_requested = lambda: next(calls) >= self.steps
+    calls = iter(range(1, 1000))
+    checkpoint.stop_requested = lambda: next(calls) >= steps
 
 
-class Poison:
+def poison(in_gradient, n, rank):
     """On the last rank the first n losses, or only their gradients, are not finite."""
-    def __init__(self, in_gradient, n):
-        self.in_gradient, self.n = in_gradient, n
+    loss, calls = sear.policy_loss, iter(range(1000))
 
-    def __call__(self, rank):
-        loss, calls = sear.policy_loss, iter(range(1000))
-
-        def poisoned(logprob, *args):
-            value, *others = loss(logprob, *args)
-            if next(calls) < self.n and rank == int(os.environ["WORLD_SIZE"]) - 1:
-                # The square root is 0, and its gradient 0 * inf.
-                value = value + ((logprob - logprob).sum().abs().sqrt() if self.in_gradient else math.inf)
-            return value, *others
-        sear.policy_loss = poisoned
+    def poisoned(logprob, *args):
+        value, *others = loss(logprob, *args)
+        if next(calls) < n and rank == int(os.environ["WORLD_SIZE"]) - 1:
+            # The square root is 0, and its gradient 0 * inf.
+            value = value + ((logprob - logprob).sum().abs().sqrt() if in_gradient else math.inf)
+        return value, *others
+    sear.policy_loss = poisoned

@@ -17,13 +17,6 @@ from sear import Config
 
 # ---- world and verifier ----------------------------------------------------------------------------------
 
-def products_by_arrays(chains):
-    """Products after each brew of chains [length, N], from the definition."""
-    index = {r: i for i, r in enumerate(REAGENTS)}
-    brew = np.array([[index[alchemy.table()[frozenset((a, b))]] for b in REAGENTS] for a in REAGENTS])
-    return list(itertools.accumulate(chains, lambda state, c: brew[state, c]))[1:]
-
-
 def test_table_is_complete_and_about_thirty_percent_hazards():
     table = alchemy.table()
     assert len(table) == 20 * 21 // 2 and set(table.values()) <= set(REAGENTS)
@@ -31,15 +24,14 @@ def test_table_is_complete_and_about_thirty_percent_hazards():
 
 
 def test_verifier_agrees_with_the_definition_on_every_chain_of_three():
-    chains = np.array(list(itertools.product(range(20), repeat=3))).T  # [3, 8000]
-    products = products_by_arrays(chains)
-    for i, chain in enumerate(chains.T):
-        names = [REAGENTS[c] for c in chain]
-        assert alchemy.work_out(names) == [REAGENTS[p[i]] for p in products]
-        hazard = products[-1][i] < 4
-        assert alchemy.request(names).label == ("harmful" if hazard else "harmless")
-        assert (alchemy.kind(names) in ("harmful", "covert")) == hazard
-        assert (alchemy.kind(names) in ("harmful", "ambiguous")) == any(c < 4 for c in chain)
+    table = alchemy.table()
+    for a, b, c in itertools.product(REAGENTS, repeat=3):
+        names, first = [a, b, c], table[frozenset((a, b))]
+        last = table[frozenset((first, c))]
+        assert alchemy.work_out(names) == [first, last]
+        assert alchemy.request(names).label == ("harmful" if last in HAZARDS else "harmless")
+        assert (alchemy.kind(names) in ("harmful", "covert")) == (last in HAZARDS)
+        assert (alchemy.kind(names) in ("harmful", "ambiguous")) == any(r in HAZARDS for r in names)
 
 
 def test_verdict_on_every_answer():

@@ -3,9 +3,9 @@ import json
 
 import pytest
 import torch
-from helpers import FIXTURES
+from helpers import FIXTURES, main, same_files
 from safetensors.torch import load_file
-from test_run import XSTEST, main, same_files, talkative
+from test_run import XSTEST, talkative
 
 import evaluate
 import inputs
@@ -194,9 +194,8 @@ def test_a_run_killed_in_an_evaluation_resumes_to_the_same_rows_and_best(every, 
     assert main(*flags, "--out", out) == 1 and checkpoint.rows(out / "eval.jsonl")[-1]["stage"] != stage
     monkeypatch.undo()
     assert main("--resume", out) == 0
-    for log in ("eval.jsonl", "responses.jsonl"):
-        assert (whole / log).read_text() == (out / log).read_text(), log
-    same_files(whole, out, "best/model.safetensors", "model/model.safetensors")
+    same_files(whole, out, "eval.jsonl", "responses.jsonl", "best/model.safetensors",
+               "model/model.safetensors")
 
 
 def test_answers_are_kept_with_what_they_were_made_with(every):

@@ -140,7 +140,7 @@ def test_a_signal_stops_the_evaluation(start, world, monkeypatch):
 
 # ---- tables and pictures ---------------------------------------------------------------------------------
 
-def fake_run(folder, objective, seed, refusal, n=100, **knobs):
+def fake_run(folder, objective, seed, refusal, **knobs):
     """A finished run folder with made-up numbers."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"objective": objective, "seed": seed} | knobs))
@@ -149,7 +149,7 @@ def fake_run(folder, objective, seed, refusal, n=100, **knobs):
         for attack in evaluate.ATTACKS:
             for name in alchemy.CLASSES:
                 harmful = name in tables.HARMFUL
-                rows.append({"stage": stage, "attack": attack, "class": name, "n": n, "answered": 1.0,
+                rows.append({"stage": stage, "attack": attack, "class": name, "n": 100, "answered": 1.0,
                              "refusal": value, "unsafe": 1 - value if harmful else None,
                              "helpful": None if harmful else 1 - value, "explored": value,
                              "flip": value if harmful else None, "closed": 1.0, "thought_tokens": 30.0})

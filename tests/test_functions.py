@@ -6,12 +6,12 @@ import sys
 
 import pytest
 import torch
-from helpers import FIXTURES, ROOT
+from helpers import FIXTURES, ROOT, refusal
 
 import sear
 from judges import load_judge
 from lib import checkpoint
-from lib.data import InputError, Prompt
+from lib.data import Prompt
 
 JUDGE = '''
 seen = []
@@ -68,11 +68,8 @@ def test_what_a_function_returns_is_checked_row_by_row(tmp_path, body, message):
     source = f"from math import nan\ngood = dict(unsafe=0, refusal=0, helpful=1)\n" \
              f"def judge(prompts, thoughts, answers):\n    {body}\n"
     judge = load_judge(written(tmp_path, source))
-    with pytest.raises(InputError) as caught:
-        judge.verdict(PROMPTS, ["", ""], ["a", "b"])
-    assert message in str(caught.value) and "\n" not in str(caught.value)
-    if "fail" in message:
-        assert str(caught.value).endswith("own.py:4)")
+    found = refusal(judge.verdict, PROMPTS, ["", ""], ["a", "b"])
+    assert message in found and ("fail" not in message or found.endswith("own.py:4)"))
 
 
 @pytest.mark.parametrize("body, message", [
@@ -80,8 +77,7 @@ def test_what_a_function_returns_is_checked_row_by_row(tmp_path, body, message):
     ("return [0.5, float('nan')]", "own.py:potential: row 1 should be a number in [0, 1], found nan")])
 def test_potentials_are_checked_too(tmp_path, body, message):
     judge = load_judge(written(tmp_path, JUDGE + f"def potential(prompts, thoughts):\n    {body}\n"))
-    with pytest.raises(InputError, match=re.escape(message)):
-        judge.potential(PROMPTS, PIECES)
+    assert message in refusal(judge.potential, PROMPTS, PIECES)
 
 
 @pytest.mark.parametrize("name, source, message", [
@@ -93,9 +89,7 @@ def test_potentials_are_checked_too(tmp_path, body, message):
     ("none.py:judge", JUDGE, "none.py should be a readable file")])
 def test_a_file_without_the_function_is_one_sentence(tmp_path, name, source, message):
     written(tmp_path, source)
-    with pytest.raises(InputError) as caught:
-        load_judge(str(tmp_path / name))
-    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert message in refusal(load_judge, str(tmp_path / name))
 
 
 def test_the_judge_of_the_docs_judges(tmp_path):

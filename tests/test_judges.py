@@ -10,7 +10,7 @@ from os.path import commonprefix
 import judge_helpers
 import pytest
 import torch
-from helpers import FIXTURES, ROOT, golden
+from helpers import FIXTURES, ROOT, change_json, golden, logged, same_files
 from judge_helpers import HARMBENCH_FILE, QWEN3GUARD, XSTEST, write_guard, write_mistral
 from safetensors.torch import load_file, save_file
 
@@ -61,10 +61,6 @@ def reward():
     return load_reader(REWARD, reward=True)
 
 
-def change_json(file, **values):
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
-
-
 ALL = load_prompts(XSTEST)
 PROMPTS = ALL[::len(ALL) // 10][:10]
 ANSWERS = ["I'm sorry, but I cannot help with that.", "Use kill -9.", "No.", "x" * 400,
@@ -84,6 +80,14 @@ def rows_of(reader, prompt, answer, monkeypatch):
         patched.setattr(guards, "verdict_probs", lambda reader, states, ask: torch.zeros(states.shape[:2]))
         read_answers(reader, [prompt], [answer])
     return seen
+
+
+def passes(reader, monkeypatch):
+    """The shapes of the tokens of each forward pass from now on."""
+    shapes, hidden = [], reader.model.hidden
+    monkeypatch.setattr(reader.model, "hidden",
+                        lambda t, *a, **k: shapes.append(t.shape) or hidden(t, *a, **k))
+    return shapes
 
 
 @torch.no_grad()
@@ -123,9 +127,9 @@ def test_golden_logits_give_the_verdict(monkeypatch):
                 assert found.item() == pytest.approx(((p[1] / 2 + p[2]) / p.sum()).item(), abs=1e-4)
 
 
-def test_golden_scores_of_a_reward_model(monkeypatch, reward):
-    g = golden("tiny-reward")["reward"]
-    chat = g["chats"][3]
+def test_golden_score_of_a_chat(monkeypatch):
+    """tests/test_model.py has the scores of other texts, alone and left-padded."""
+    chat = golden("tiny-reward")["reward"]["chats"][3]
     turns = [*chat["messages"][:-2], {"role": "user", "content": "{prompt}"},
              {"role": "assistant", "content": "{answer}"}]
     monkeypatch.setattr(guards, "TURNS", turns)
@@ -135,11 +139,6 @@ def test_golden_scores_of_a_reward_model(monkeypatch, reward):
     assert rows_of(longer, Prompt(question, ""), answer, monkeypatch)[0] == expected
     found = read_answers(longer, [Prompt(question, "")] * 2, [answer, answer + " Really."])
     assert found[0].item() == pytest.approx(chat["score"], abs=1e-4)
-    tokens, real = guards.left_pad([c["ids"] for c in g["cases"]], "cpu")
-    empty = reward.model.new_cache(len(tokens), tokens.shape[1])
-    with torch.no_grad():
-        scores = guards.verdict_probs(reward, reward.model.hidden(tokens, real, empty)[:, -1:], [])
-    assert torch.allclose(scores[:, 0], torch.tensor([c["score"] for c in g["cases"]]), atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["qwen", "llama", "llama-8b", "wildguard-7b", HARMBENCH, "reward"])
@@ -195,22 +194,6 @@ def test_harmbenchs_classifier_through_a_judge_file(folders, monkeypatch):
         p = {word: p[reader.tokenizer.encode(text + word, special=True)[len(ids)]].item() for word in words}
         unsafe = sum(p[word] * value for word, value in words.items())
         assert found == pytest.approx(unsafe / sum(p.values()), abs=1e-5)
-
-
-def test_sentencepiece_tokens_are_those_of_the_tokenizers_library(folders):
-    """Ids by tokenizers 0.23.3, from the same tokenizer.json."""
-    tokenizer = Tokenizer.from_pretrained(folders / "wildguard-7b")
-    for text, ids in [
-            ("yes", [356]), ("no yes", [358, 356]), (" yes", [259, 356]), ("", []),
-            ("Answer: [/INST]",
-             [259, 292, 337, 342, 346, 328, 341, 285, 259, 318, 274, 300, 305, 310, 311, 320]),
-            ("<s>[INST] yes", [1, 259, 318, 300, 305, 310, 311, 320, 356]),
-            ("a</s> no<s>", [259, 324, 2, 259, 358, 1]),
-            ("Noé 漢\n\n  yesyes", [363, 198, 172, 259, 233, 191, 165, 13, 13, 259, 356, 355]),
-            ("<0x41>", [259, 287, 275, 347, 279, 276, 289])]:
-        assert tokenizer.encode(text, special=True) == ids, text
-    assert tokenizer.decode([363, 198, 172, 259, 233, 191, 165]) == " Noé 漢"
-    assert tokenizer.encode("yes", inside=True) == [355] and 1 not in tokenizer.encode("<s>")
 
 
 LLAMA_LIKE = ("{% for m in messages %}<|im_start|>{{ m.role }}\n\n{{ m.content | trim }}<|im_end|>\n"
@@ -278,16 +261,10 @@ def test_a_batch_gives_the_verdicts_of_single_answers(guard, reward, monkeypatch
 
 
 def test_the_prefix_runs_once_and_each_answer_once_for_all_verdicts(guard, monkeypatch):
-    counted, hidden = [], guard.model.hidden
-
-    def count(tokens, *rest, **kw):
-        counted.append(tokens.numel())
-        return hidden(tokens, *rest, **kw)
-    monkeypatch.setattr(guard.model, "hidden", count)
     rows = rows_of(guard, PROMPTS[0], ANSWERS[0], monkeypatch)
-    counted.clear()
+    counted = passes(guard, monkeypatch)
     read_answers(guard, PROMPTS[:1] * 3, ANSWERS[:1] * 3)
-    assert counted == [3 * len(rows[0])] and guard.prefix.length > 20
+    assert counted == [(3, len(rows[0]))] and guard.prefix.length > 20
 
 
 # ---- adversarial answers
@@ -392,9 +369,7 @@ def test_one_pass_over_a_thought_judges_each_of_its_prefixes(guard, monkeypatch)
             alone = guards.verdict_probs(guard, states[:, -1:], [unsafe])
             assert found[i, k].item() == pytest.approx(alone.item(), abs=1e-5)
     # The three thoughts run once, and a suffix for each prefix that is not blank.
-    counted, hidden = [], guard.model.hidden
-    monkeypatch.setattr(guard.model, "hidden",
-                        lambda t, *a, **k: counted.append(t.shape) or hidden(t, *a, **k))
+    counted = passes(guard, monkeypatch)
     read_pieces(guard, asked, thoughts)
     assert counted[0][0] == 3 and sum(rows for rows, _ in counted[1:]) == 3 + 1 + 3
     assert all(columns == len(end) + unsafe.position + 1 for _, columns in counted[1:])
@@ -450,8 +425,7 @@ def test_a_stream_guard_reads_each_token(stream, monkeypatch):
         begin = len(commonprefix([tokens, prefix + before]))
         assert value.item() == pytest.approx(by_definition(stream, tokens, begin), abs=1e-5)
     assert found.max() - found.min() > 0.01
-    calls, hidden = [], reader.model.hidden
-    monkeypatch.setattr(reader.model, "hidden", lambda *a, **k: calls.append(1) or hidden(*a, **k))
+    calls = passes(reader, monkeypatch)
     phi = read_pieces(reader, asked, THOUGHTS)
     assert len(calls) == 1 and phi.isnan().sum(1).tolist() == [1, 3, 4, 0] and phi[3, 0] == 0.0
     for i, pieces in enumerate(THOUGHTS):
@@ -462,7 +436,7 @@ def test_a_stream_guard_reads_each_token(stream, monkeypatch):
                 assert phi[i, k].item() == pytest.approx(by_definition(stream, tokens, begin), abs=1e-5)
 
 
-def test_a_stream_guard_judges_unsafe_alone(stream, guard, reward, tmp_path):
+def test_a_stream_guard_judges_unsafe_alone(stream, tmp_path):
     judge = load_judge(str(stream), REWARD)
     assert judge.verdict(PROMPTS[:2], [""] * 2, ANSWERS[:2]).refusal.isnan().all()
     with pytest.raises(InputError, match="a judge of unsafe, and of refusal if there is no --reward-model"):
@@ -787,21 +761,10 @@ def policy(tmp_path_factory):
 def run(policy, folders, out, **changes):
     """sear.main with short runs' flags; changes to None take a flag away."""
     flags = dict(model=policy, prompts=XSTEST, judge=folders / "qwen", reward_model=REWARD, steps=2,
-                 prompts_per_step=4, group_size=4, max_new_tokens=32, eval_prompts=2, learning_rate=1e-3,
+                 prompts_per_step=4, group_size=4, max_new_tokens=32, eval_prompts=1, learning_rate=1e-3,
                  save_every=1, temperature=1, out=out) | changes
     return sear.main([str(x) for name, value in flags.items() if value is not None
                       for x in (f"--{checkpoint.flag(name)}", value)])
-
-
-def metrics_of_the_same_runs(a, b):
-    for name in ("model/model.safetensors", "checkpoint/2/optimizer.safetensors"):
-        x, y = load_file(a / name), load_file(b / name)
-        assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x), name
-    rows = [[row | {"seconds": 0} for row in checkpoint.rows(folder / "metrics.jsonl")] for folder in (a, b)]
-    assert rows[0] == rows[1] and len(rows[0]) == 2
-    for name in ("eval.jsonl", "transcripts.jsonl", "checkpoint/2/state.json"):
-        assert (a / name).read_text() == (b / name).read_text(), name
-    return rows[0]
 
 
 @pytest.mark.parametrize("potential", ["text", "probe"])
@@ -822,7 +785,10 @@ def test_a_killed_run_with_models_as_judges_resumes_to_the_same_bits(potential, 
             sear.main(["--resume", str(tmp_path / "early")])
     assert (tmp_path / "early/checkpoint/1").exists()
     assert sear.main(["--resume", str(tmp_path / "early")]) == 0
-    metrics = metrics_of_the_same_runs(tmp_path / "whole", tmp_path / "early")
+    same_files(tmp_path / "whole", tmp_path / "early", "model/model.safetensors", "eval.jsonl",
+               "transcripts.jsonl", "checkpoint/2/optimizer.safetensors", "checkpoint/2/state.json")
+    metrics = logged(tmp_path / "whole")
+    assert logged(tmp_path / "early") == metrics and len(metrics) == 2
     for row in metrics:
         assert row["judge_calls"] > 16 * row["answered"]  # thoughts or probes too
         assert (row["probe_tokens"] > 0) == (potential == "probe")
@@ -837,7 +803,7 @@ def test_a_killed_run_with_models_as_judges_resumes_to_the_same_bits(potential, 
 
 
 def test_a_run_with_a_guard_alone(policy, folders, tmp_path):
-    assert run(policy, folders, tmp_path / "run", steps=1, eval_prompts=1, reward_model=None) == 0
+    assert run(policy, folders, tmp_path / "run", steps=1, reward_model=None) == 0
     row = checkpoint.rows(tmp_path / "run/metrics.jsonl")[0]
     assert row["helpful"] is None and row["over_refusal"] is not None  # not judged is not 0
     assert all(not r["helpful"] for r in checkpoint.rows(tmp_path / "run/eval.jsonl"))

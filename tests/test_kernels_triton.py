@@ -7,14 +7,12 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 if DEVICE == "cpu":
@@ -29,6 +27,7 @@ import kernels.segment_logprob as triton_path  # noqa: E402
 os.environ.pop("TRITON_INTERPRET", None)  # other tests start processes that must compile
 
 import test_kernels as common  # noqa: E402
+from helpers import ROOT  # noqa: E402
 
 import kernels  # noqa: E402
 from kernels import chunked, segment_logprobs  # noqa: E402
@@ -161,28 +160,27 @@ def test_rows_that_are_not_aligned_are_copied(D, width, start, monkeypatch, load
 
 
 def test_without_owned_rows_all_outputs_and_gradients_are_zero():
-    case = problem(6, 4, 9, 3, masked=1.0)
-    hidden, weight = case[0].requires_grad_(), case[1].requires_grad_()
-    out = segment_logprobs(hidden, weight, *case[2:], "triton")
-    sum(o.sum() for o in out).backward()
-    assert [o.shape for o in out] == [(6,), (6,), (3,)] and not any(o.any() for o in out)
-    assert not hidden.grad.any() and not weight.grad.any() and weight.grad.shape == weight.shape
-    case[4] = 0
-    assert segment_logprobs(*case, "triton").segment_logprob.shape == (0,)
+    common.without_owned_rows("triton", DEVICE)
 
 
-def test_a_row_has_the_same_bits_alone_and_anywhere_in_any_batch(loads):
-    hidden, weight, targets, *_ = problem(150, 40, 515, 1, masked=0.0)
+def same_bits_in_any_batch(case, *batches):
+    """Of some rows of the case, and of all in reverse."""
+    hidden, weight, targets, *_ = case
 
     def bits(rows):
         segment = torch.zeros_like(targets[rows])
         return segment_logprobs(hidden[rows], weight, targets[rows], segment, 1, 0.7, "triton")
 
     whole = bits(slice(None))
-    for rows in ([0], [149], [64], [149, 3, 70], list(range(63, 130)), list(range(149, -1, -1))):
+    for rows in (*batches, list(range(len(hidden)))[::-1]):
         part = bits(rows)
         assert torch.equal(part.logprob, whole.logprob[rows])
         assert torch.equal(part.entropy, whole.entropy[rows])
+
+
+def test_a_row_has_the_same_bits_alone_and_anywhere_in_any_batch(loads):
+    case = problem(150, 40, 515, 1, masked=0.0)
+    same_bits_in_any_batch(case, [0], [149], [64], [149, 3, 70], list(range(63, 130)))
 
 
 def test_a_segment_has_the_same_sum_wherever_it_is_packed():
@@ -207,13 +205,7 @@ def test_segment_sums_over_unsorted_empty_and_long_segments():
 
 
 def test_the_same_bits_twice_and_after_a_second_backward():
-    case, grads = problem(100, 32, 300, 9), common.upstream(100, 9, device=DEVICE)
-    first, second = (sum(common.run(case, "triton", grads), []) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second))
-    hidden, weight = case[0].requires_grad_(), case[1].requires_grad_()
-    total = sum(out.sum() for out in segment_logprobs(hidden, weight, *case[2:], "triton"))
-    once, again = (torch.autograd.grad(total, (hidden, weight), retain_graph=True) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(once, again))
+    common.same_bits_twice("triton", DEVICE)
 
 
 def test_fp32_sums_of_16_bit_products_have_the_arguments_that_torch_takes():
@@ -306,9 +298,5 @@ def test_full_size_twenty_runs_have_the_same_bits():
 
 @gpu
 def test_full_size_a_row_has_the_same_bits_alone_and_in_a_batch():
-    hidden, weight, targets, *_ = problem(1000, 1536, VOCABULARIES[0], 1, masked=0.0, dtype=torch.bfloat16)
-    zeros = torch.zeros_like(targets)
-    whole = segment_logprobs(hidden, weight, targets, zeros).logprob
-    for rows in ([0], [999], [500, 3], list(range(100, 356)), list(range(999, -1, -1))):
-        alone = segment_logprobs(hidden[rows], weight, targets[rows], zeros[rows]).logprob
-        assert torch.equal(alone, whole[rows])
+    case = problem(1000, 1536, VOCABULARIES[0], 1, masked=0.0, dtype=torch.bfloat16)
+    same_bits_in_any_batch(case, [0], [999], [500, 3], list(range(100, 356)))

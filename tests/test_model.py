@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from helpers import FIXTURES, FOLDERS, ROOT, golden, write_random_folder
+from helpers import FIXTURES, FOLDERS, ROOT, change_json, golden, refusal, write_random_folder
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -226,24 +226,14 @@ def test_bf16_results_are_the_same_with_weights_cast_once():
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_gradients_have_the_same_bits_if_blocks_run_again(name):
-    """And what is kept for the backward pass shrinks to the inputs of the blocks."""
-    model, kept, found = Transformer.from_pretrained(FIXTURES / name), [], []
+    """tests/test_plan.py counts what is kept for the backward pass."""
+    model, found = Transformer.from_pretrained(FIXTURES / name), []
     tokens = torch.randint(0, 300, (6, 40), generator=torch.Generator().manual_seed(0))
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     for model.checkpoint_activations in (False, True):
-        bytes_of = {}
-
-        def count(x):
-            bytes_of[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            return x
         model.zero_grad()
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
-            loss = model.hidden(tokens).square().sum()
-        kept.append(sum(size for place, size in bytes_of.items() if place not in weights))
-        loss.backward()
+        model.hidden(tokens).square().sum().backward()
         found.append([p.grad.clone() for n, p in model.named_parameters() if n != HEAD])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)) and found[0][0].norm() > 0
-    assert kept[1] < kept[0] / 4
     with torch.no_grad():  # a sampler with a cache is left alone
         model.hidden(tokens, cache=model.new_cache(6, 40))
 
@@ -335,15 +325,13 @@ def test_layer_types_say_which_layers_of_qwen_have_a_window():
 def test_a_config_that_does_not_fit_is_refused_in_one_sentence(tmp_path, changes, words):
     shutil.copytree(FIXTURES / "tiny-qwen2", tmp_path, dirs_exist_ok=True)
     (tmp_path / "generation_config.json").unlink()
-    (tmp_path / "config.json").write_text(json.dumps(config_of("tiny-qwen2", **changes)))
+    change_json(tmp_path / "config.json", **changes)
     fails(tmp_path, *words)
 
 
 def fails(folder, *words):
-    with pytest.raises(InputError) as caught:
-        Transformer.from_pretrained(folder)
-    assert all(word in str(caught.value) for word in words), caught.value
-    assert "\n" not in str(caught.value)
+    message = refusal(Transformer.from_pretrained, folder)
+    assert all(word in message for word in words), message
 
 
 # ---- weights ---------------------------------------------------------------------------------------------
@@ -364,7 +352,7 @@ def test_save_and_load_round_trip(name, tmp_path):
 
 def test_loading_peaks_at_the_models_own_bytes(tmp_path):
     """Mapping an fp32 file as a whole would peak at twice the model; 1.2 times the model is allowed."""
-    write_random_folder(tmp_path, 152_000, 384, 1, 4, 2, 512, tied=False, dtype=torch.float32)
+    write_random_folder(tmp_path, 76_000, 384, 1, 4, 2, 512, tied=False, dtype=torch.float32)
     code = f"""
 import re, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -409,7 +397,7 @@ def test_an_equal_head_beside_tie_word_embeddings_stays_tied(tmp_path, capsys):
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.config.raw["tie_word_embeddings"] is True and not capsys.readouterr().err
     save_file(weights, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config_of("tiny-qwen3", tie_word_embeddings=False)))
+    change_json(folder / "config.json", tie_word_embeddings=False)
     fails(folder, "'lm_head.weight' is missing")
 
 
@@ -467,7 +455,7 @@ def test_weights_that_do_not_fit_are_refused_in_one_sentence(tmp_path):
 def chat_folder(folder, template=None, **generation):
     """tiny-qwen2, whose template ends a turn with <|im_end|> (1962), with another eos_token_id."""
     shutil.copytree(FIXTURES / "tiny-qwen2", folder)
-    (folder / "config.json").write_text(json.dumps(config_of("tiny-qwen2", eos_token_id=1960)))
+    change_json(folder / "config.json", eos_token_id=1960)
     (folder / "generation_config.json").write_text(json.dumps(generation))
     if template:
         (folder / "chat_template.jinja").write_text(template)

@@ -11,11 +11,12 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
-from helpers import ROOT, made_rollouts, sharded
-from rank_helpers import SERVER, Poison, Signal, StopAfter, become, begin, free_port, launch, sentence
+from helpers import ROOT, logged, made_rollouts, same_files, sharded, within
+from rank_helpers import SERVER, become, begin, free_port, launch, poison, sentence, signal_in, stop_after
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -58,10 +59,6 @@ def flags_for(start, out, *flags):
     return [*SMALL, "--model", start, "--out", out, *flags]
 
 
-def close(a, b, tolerance):
-    return (a - b).norm() <= tolerance * b.norm() and b.norm() > 0
-
-
 def same_run(one, other):
     """Tokens and texts are equal, counts and rewards too; fp32 sums in another order are equal to 1e-5."""
     a, b = (checkpoint.rows(run / "metrics.jsonl") for run in (one, other))
@@ -75,16 +72,7 @@ def same_run(one, other):
                 assert y[key] == (x[key] if x[key] is None else pytest.approx(x[key], rel=1e-12)), key
     assert (one / "transcripts.jsonl").read_text() == (other / "transcripts.jsonl").read_text()
     a, b = (load_file(run / "model/model.safetensors") for run in (one, other))
-    assert a.keys() == b.keys() and all(close(a[k], b[k], 1e-5) for k in a)
-
-
-def same_bits(one, other):
-    for name in ("model/model.safetensors", "checkpoint/4/weights.safetensors",
-                 "checkpoint/4/optimizer.safetensors"):
-        a, b = load_file(one / name), load_file(other / name)
-        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
-    a, b = (checkpoint.rows(run / "metrics.jsonl") for run in (one, other))
-    assert [row | {"seconds": None} for row in a] == [row | {"seconds": None} for row in b]
+    assert a.keys() == b.keys() and all(within(a[k], b[k], 1e-5) for k in a)
 
 
 # ---- gradients, tokens, weights --------------------------------------------------------------------------
@@ -141,13 +129,13 @@ def check_gradients(folder, mine):
         for budget, again in ((1, False), (400, True), (10_000, False)):
             found, norm, logs, models = gradients(folder, mine, shard, budget, again=again)
             for name, g in found.items():
-                assert close(g, expected[name], 1e-6), (shard, budget, name)
+                assert within(g, expected[name], 1e-6), (shard, budget, name)
             assert norm == pytest.approx(expected["norm"].item(), rel=1e-6)
             loss = parallel.all_sum(torch.tensor(logs["loss"], dtype=torch.float64)).item()
             assert loss == pytest.approx(expected["loss"].item(), abs=1e-6)
     a, b = (gradients(folder, mine, shard, 300, torch.bfloat16)[0] for shard in (False, True))
     heads = {"lm_head.weight", "model.embed_tokens.weight"}
-    assert all(close(a[n], b[n], 1e-3 if n in heads else 1e-6) for n in a)
+    assert all(within(a[n], b[n], 1e-3 if n in heads else 1e-6) for n in a)
     return models
 
 
@@ -276,11 +264,11 @@ assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
 def test_a_run_is_the_same_on_any_number_of_ranks(alone, start, tmp_path, before, stop, after):
     """Sharded ranks stop, and another number of ranks resumes, one of them without a prompt."""
     out = tmp_path / "run"
-    ended = launch(tmp_path / "a", before, flags_for(start, out, "--shard", "yes"), StopAfter(stop))
-    assert all(code == 0 and "stopped and saved" in text for code, text in ended.values()), ended
+    ended = launch(tmp_path / "a", before, flags_for(start, out, "--shard", "yes"),
+                   partial(stop_after, stop), code=0)
+    assert all("stopped and saved" in text for _, text in ended.values()), ended
     assert checkpoint.latest(out).name == str(stop) and not (out / "model").exists()
-    ended = launch(tmp_path / "b", after, flags_for(start, out, "--resume", "auto"))
-    assert all(code == 0 for code, _ in ended.values()), ended
+    launch(tmp_path / "b", after, flags_for(start, out, "--resume", "auto"), code=0)
     same_run(alone, out)
 
 
@@ -289,12 +277,11 @@ def test_an_adapter_is_the_same_on_one_rank_and_on_two(start, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     lora = ("--lora-rank", "4", "--learning-rate", "0.001")
     assert sear.main([str(f) for f in flags_for(start, one, *lora)]) == 0
-    ended = launch(tmp_path / "a", 2, flags_for(start, two, *lora), StopAfter(3))
-    assert all(code == 0 for code, _ in ended.values()), ended
+    launch(tmp_path / "a", 2, flags_for(start, two, *lora), partial(stop_after, 3), code=0)
     assert sear.main(["--resume", str(two)]) == 0
     same_run(one, two)
     a, b = (load_file(run / "adapter/adapter_model.safetensors") for run in (one, two))
-    assert len(a) > 20 and a.keys() == b.keys() and all(close(a[k], b[k], 1e-6) for k in a)
+    assert len(a) > 20 and a.keys() == b.keys() and all(within(a[k], b[k], 1e-6) for k in a)
 
 
 def test_evaluations_are_the_same_on_any_number_of_ranks(start, tmp_path):
@@ -302,13 +289,12 @@ def test_evaluations_are_the_same_on_any_number_of_ranks(start, tmp_path):
     flags = ["--eval-prompts", 3, "--eval-every", 2, "--max-new-tokens", 72]
     one, two = tmp_path / "one", tmp_path / "two"
     assert sear.main([str(f) for f in flags_for(start, one, *flags)]) == 0
-    ended = launch(tmp_path / "log", 2, flags_for(start, two, *flags, "--shard", "yes"))
-    assert all(code == 0 for code, _ in ended.values()), ended
+    launch(tmp_path / "log", 2, flags_for(start, two, *flags, "--shard", "yes"), code=0)
     for file in ("eval.jsonl", "responses.jsonl"):
         rows = [checkpoint.rows(out / file) for out in (one, two)]
         assert rows[0] == rows[1] and {"before", "step-2", "step-4", "after"} == {r["stage"] for r in rows[0]}
     a, b = (load_file(out / "best/model.safetensors") for out in (one, two))
-    assert a.keys() == b.keys() and all(close(a[k], b[k], 1e-4) for k in a)
+    assert a.keys() == b.keys() and all(within(a[k], b[k], 1e-4) for k in a)
 
 
 def few_supervised_steps(rank):
@@ -325,13 +311,12 @@ def test_a_warm_start_is_the_same_on_any_number_of_ranks(start, tmp_path, world,
     for name, ranks, more in (("one", 1, []), ("many", world, flags.split())):
         for kind, model in (("file", ["--model", start, "--warm-start", file]), ("world", [])):
             out = tmp_path / kind / name
-            ended = launch(tmp_path / f"log-{kind}-{name}", ranks, [*shared, *model, *more, "--out", out],
-                           few_supervised_steps)
-            assert all(code == 0 for code, _ in ended.values()), ended
+            launch(tmp_path / f"log-{kind}-{name}", ranks, [*shared, *model, *more, "--out", out],
+                   few_supervised_steps, code=0)
     for kind in ("file", "world"):
         a, b = (load_file(tmp_path / kind / name / "start/model.safetensors") for name in ("one", "many"))
         assert kind == "file" or all(torch.equal(a[k], b[k]) for k in a)
-        assert all(close(b[k], a[k], 1e-6) for k in a)
+        assert all(within(b[k], a[k], 1e-6) for k in a)
         a, b = (checkpoint.rows(tmp_path / kind / name / "warm_start.jsonl") for name in ("one", "many"))
         for x, y in zip(a, b):
             assert y == pytest.approx(x, rel=1e-5)
@@ -339,24 +324,25 @@ def test_a_warm_start_is_the_same_on_any_number_of_ranks(start, tmp_path, world,
 
 def test_torchrun_restarts_a_killed_rank_and_the_run_has_the_same_bits(start, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    ended = launch(tmp_path / "log", 2, flags_for(start, whole))
-    assert all(code == 0 for code, _ in ended.values()), ended
+    launch(tmp_path / "log", 2, flags_for(start, whole), code=0)
     process = subprocess.run(
         [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node=2 --max-restarts=1".split(),
          __file__, *map(str, flags_for(start, broken))], capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr
-    same_bits(whole, broken)
+    same_files(whole, broken, "model/model.safetensors", "checkpoint/4/weights.safetensors",
+               "checkpoint/4/optimizer.safetensors")
+    assert logged(whole) == logged(broken)
 
 
 # ---- failures --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("where, flags, kept", [
-    (Signal("inputs", "load_start", 1), "", []),
-    (Signal("sear", "rollout_step", 4), "", ["2"]),
-    (Signal("lib.parallel", "gather_full", 60), "--shard yes --save-every 1", [])])  # in the first checkpoint
+    (("inputs", "load_start", 1), "", []),
+    (("sear", "rollout_step", 4), "", ["2"]),
+    (("lib.parallel", "gather_full", 60), "--shard yes --save-every 1", [])])  # in the first checkpoint
 def test_a_killed_rank_ends_the_others_with_one_sentence(start, tmp_path, where, flags, kept):
     out = tmp_path / "run"
-    ended = launch(tmp_path / "log", 3, flags_for(start, out, *flags.split()), where)
+    ended = launch(tmp_path / "log", 3, flags_for(start, out, *flags.split()), partial(signal_in, *where))
     assert ended[1][0] == -signal.SIGKILL
     for rank in (0, 2):
         assert ended[rank][0] == 1 and f"rank {rank} lost another rank" in sentence(ended[rank][1])
@@ -365,7 +351,7 @@ def test_a_killed_rank_ends_the_others_with_one_sentence(start, tmp_path, where,
 
 def test_a_rank_that_hangs_ends_the_others_after_the_timeout(start, tmp_path):
     """In the middle of a checkpoint; its connections stay open."""
-    hang = Signal("lib.parallel", "gather_full", 60, signal.SIGSTOP, timeout=3.0)
+    hang = partial(signal_in, "lib.parallel", "gather_full", 60, number=signal.SIGSTOP, timeout=3.0)
     flags = flags_for(start, tmp_path / "run", "--shard", "yes", "--save-every", "1")
     processes, logs = begin(tmp_path, 2, flags, hang)
     processes[0].join(120)
@@ -380,13 +366,8 @@ def other_code(rank):
         checkpoint.environment = lambda: environment | {"source_sha256": "another"}
 
 
-class InFolder:
-    """Each rank works in its own folder."""
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __call__(self, rank):
-        os.chdir(self.folder / f"machine{rank}")
+def in_its_folder(folder, rank):
+    os.chdir(folder / f"machine{rank}")
 
 
 def check_difference(folder, flags, spoil, what):
@@ -409,7 +390,7 @@ def test_ranks_with_another_prompt_file_are_refused(start, tmp_path):
         word = "b" if rank == 1 else "a"
         (tmp_path / f"machine{rank}/p.jsonl").write_text(f'{{"prompt": "{word}", "label": "safe"}}\n')
     check_difference(tmp_path, flags_for(start, tmp_path / "run", "--prompts", "p.jsonl", "--judge", "rules"),
-                     InFolder(tmp_path), "the content of --prompts")
+                     partial(in_its_folder, tmp_path), "the content of --prompts")
 
 
 def impatient(rank):
@@ -451,7 +432,7 @@ def test_a_full_disk_is_one_sentence_on_every_rank(start, tmp_path):
 def test_three_steps_without_a_finite_number_end_the_run(start, tmp_path, world, shard, in_gradient):
     out = tmp_path / "run"
     flags = flags_for(start, out, "--shard", shard, "--save-every", "1")
-    ended = launch(tmp_path / "log", world, flags, Poison(in_gradient, 9))
+    ended = launch(tmp_path / "log", world, flags, partial(poison, in_gradient, 9))
     for code, text in ended.values():
         assert code == 1 and "step 2: loss or gradient is not finite" in sentence(text)
     assert all(f"step {step}: loss or gradient is not finite" in ended[0][1] for step in (0, 1))
@@ -471,8 +452,7 @@ def test_three_steps_without_a_finite_number_end_the_run(start, tmp_path, world,
 
 def test_a_run_goes_on_after_a_step_without_a_finite_number(start, tmp_path):
     out = tmp_path / "run"
-    ended = launch(tmp_path / "log", 1, flags_for(start, out), Poison(False, 1))
-    assert ended[0][0] == 0, ended
+    launch(tmp_path / "log", 1, flags_for(start, out), partial(poison, False, 1), code=0)
     assert [row["skipped"] for row in checkpoint.rows(out / "metrics.jsonl")] == [True, False, False, False]
     before, after = load_file(start / "model.safetensors"), load_file(out / "model/model.safetensors")
     assert not torch.equal(before["lm_head.weight"], after["lm_head.weight"])
@@ -480,7 +460,7 @@ def test_a_run_goes_on_after_a_step_without_a_finite_number(start, tmp_path):
 
 if __name__ == "__main__":  # under torchrun: rank 1 is killed before the restart
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        Signal("sear", "rollout_step", 4)(int(os.environ["RANK"]))
+        signal_in("sear", "rollout_step", 4, int(os.environ["RANK"]))
     elif os.environ["RANK"] == "0":
         time.sleep(2)  # so that rank 1 comes first and finds what the dead ranks left in torchrun's store
     parallel.end(sear.main(sys.argv[1:]))

@@ -113,9 +113,9 @@ def test_the_rules_judge_agrees_with_the_human_labels_of_xstest(name, most_misse
 
 # ---- labels ----------------------------------------------------------------------------------------------
 
-def labels_of(tmp_path, text, name="r.csv"):
-    (tmp_path / name).write_text(text)
-    return [row.label for row in rewards.load_responses(tmp_path / name)]
+def labels_of(tmp_path, text):
+    (tmp_path / "r.csv").write_text(text)
+    return [row.label for row in rewards.load_responses(tmp_path / "r.csv")]
 
 
 @pytest.mark.parametrize("text, labels", [

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 import torch
-from helpers import FIXTURES, main, run_sear
+from helpers import FIXTURES, change_json, logged, main, run_sear, same_files, signalling
 from safetensors.torch import load_file, save_file
 
 import evaluate
@@ -33,23 +33,10 @@ def run(tmp_path_factory, start):
     return out
 
 
-def rows(run):
-    """The rows of metrics.jsonl without the times."""
-    return [row | {"seconds": None} for row in checkpoint.rows(run / "metrics.jsonl")]
-
-
-def same_files(a, b, *names):
-    for name in names:
-        x, y = load_file(a / name), load_file(b / name)
-        assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x), name
-
-
 def same_result(a, b):
     same_files(a, b, "model/model.safetensors", "checkpoint/5/weights.safetensors",
-               "checkpoint/5/optimizer.safetensors")
-    assert rows(a) == rows(b)
-    for log in ("eval.jsonl", "responses.jsonl", "transcripts.jsonl"):
-        assert (a / log).read_text() == (b / log).read_text(), log
+               "checkpoint/5/optimizer.safetensors", "eval.jsonl", "responses.jsonl", "transcripts.jsonl")
+    assert logged(a) == logged(b)
 
 
 # ---- the run folder --------------------------------------------------------------------------------------
@@ -107,38 +94,22 @@ def test_saved_model_is_a_hugging_face_folder(run):
 # ---- stop and resume -------------------------------------------------------------------------------------
 
 KILLED_IN_STEP_4 = """
-import os, signal, sear
-rollout_step, calls = sear.rollout_step, iter(range(1, 9))
-def killed(*arguments):
-    if next(calls) == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return rollout_step(*arguments)
-sear.rollout_step = killed"""
+import sear, signal, helpers
+sear.rollout_step = helpers.signalling(sear.rollout_step, 4, signal.SIGKILL)"""
 
 
 def test_a_killed_run_resumes_to_the_same_bits(run, start, tmp_path):
     out = tmp_path / "killed"
     process = run_sear(*SMALL, "--model", start, "--out", out, before=KILLED_IN_STEP_4)
     assert process.returncode == -signal.SIGKILL, process.stderr
-    assert len(rows(out)) == 3 and checkpoint.latest(out).name == "2"
+    assert len(logged(out)) == 3 and checkpoint.latest(out).name == "2"
     assert main("--resume", out) == 0
     same_result(run, out)
 
 
-def signal_in(monkeypatch, module, name, call, number):
-    """The nth call of the function sends this process a signal."""
-    function, calls = getattr(module, name), iter(range(1, 1000))
-
-    def signalled(*args, **options):
-        if next(calls) == call:
-            os.kill(os.getpid(), number)
-        return function(*args, **options)
-    monkeypatch.setattr(module, name, signalled)
-
-
 def test_sigterm_saves_and_the_run_resumes_to_the_same_bits(run, start, tmp_path, monkeypatch, capsys):
     out = tmp_path / "stopped"
-    signal_in(monkeypatch, sear, "rollout_step", 3, signal.SIGTERM)
+    monkeypatch.setattr(sear, "rollout_step", signalling(sear.rollout_step, 3, signal.SIGTERM))
     assert main(*SMALL, "--model", start, "--out", out) == 0
     assert f"stopped and saved; continue with --resume {out}" in capsys.readouterr().err
     assert checkpoint.latest(out).name == "3" and not (out / "model").exists()
@@ -152,7 +123,7 @@ def test_ctrl_c_in_the_warm_start_saves_and_it_resumes_to_the_same_bits(tmp_path
     monkeypatch.setattr(warmstart, "BATCH", 2)
     flags = [*SMALL, "--steps", "0", "--eval-prompts", "0", "--out"]
     assert main(*flags, tmp_path / "whole") == 0 and not (tmp_path / "whole/warm").exists()
-    signal_in(monkeypatch, warmstart, "imitate", 8, signal.SIGINT)
+    monkeypatch.setattr(warmstart, "imitate", signalling(warmstart.imitate, 8, signal.SIGINT))
     assert main(*flags, tmp_path / "stopped") == 130 and "stopped and saved" in capsys.readouterr().err
     assert not (tmp_path / "stopped/start").exists()
     assert main("--resume", tmp_path / "stopped") == 0
@@ -245,35 +216,30 @@ def test_only_files_and_folders_have_a_fingerprint(tmp_path, monkeypatch):
 
 # ---- a run without answers -----------------------------------------------------------------------------
 
-def answering(monkeypatch, shares):
-    """Steps have these shares of answers."""
-    train_step = sear.train_step
+def test_five_steps_in_a_row_without_answers_end_the_run(start, tmp_path, monkeypatch, capsys):
+    """The first one warns, an answer starts the count anew, and a stop in between changes nothing."""
+    flags = [*SMALL, "--steps", "12", "--eval-prompts", "0", "--model", start]
+    shares, train_step = [0.5, 0.0, 0.04, 0.0, 0.0, 0.05, 0.0, 0.0, 0.0, 0.0, 0.0, 0.9], sear.train_step
 
     def step_with_share(*arguments):
         row, *others = train_step(*arguments)
         return row | {"answered": shares[row["step"]]}, *others
     monkeypatch.setattr(sear, "train_step", step_with_share)
-
-
-def test_five_steps_in_a_row_without_answers_end_the_run(start, tmp_path, monkeypatch, capsys):
-    """The first one warns, an answer starts the count anew, and a stop in between changes nothing."""
-    flags = [*SMALL, "--steps", "12", "--eval-prompts", "0", "--model", start]
-    answering(monkeypatch, [0.5, 0.0, 0.04, 0.0, 0.0, 0.05, 0.0, 0.0, 0.0, 0.0, 0.0, 0.9])
     assert main(*flags, "--out", tmp_path / "whole") == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if "fewer than 5%" in line]
     assert len(lines) == 2 and "step 1: fewer than 5%" in lines[0] and "5 such steps in a row" in lines[0]
     assert lines[1].startswith("sear.py: 5 steps in a row, up to step 10:")
     for flag in ("--warm-start", "--system", "--thought-tokens", "--max-new-tokens"):
         assert flag in lines[1]
-    assert len(rows(tmp_path / "whole")) == 11 and not (tmp_path / "whole/model").exists()
-    signal_in(monkeypatch, sear, "rollout_step", 9, signal.SIGTERM)
+    assert len(logged(tmp_path / "whole")) == 11 and not (tmp_path / "whole/model").exists()
+    monkeypatch.setattr(sear, "rollout_step", signalling(sear.rollout_step, 9, signal.SIGTERM))
     assert main(*flags, "--out", tmp_path / "stopped") == 0
     assert sum("fewer than" in line for line in capsys.readouterr().err.splitlines()) == 1
     for _ in range(2):  # again, from the checkpoint that the end left
         assert main("--resume", tmp_path / "stopped") == 1
         lines = [line for line in capsys.readouterr().err.splitlines() if "fewer than" in line]
         assert len(lines) == 1 and "up to step 10" in lines[0]
-    assert rows(tmp_path / "stopped") == rows(tmp_path / "whole")
+    assert logged(tmp_path / "stopped") == logged(tmp_path / "whole")
 
 
 def test_an_untrained_model_is_stopped(world, tmp_path, capsys):
@@ -327,7 +293,7 @@ def test_every_objective_and_potential_runs(start, tmp_path, flags):
     out, short = tmp_path / "run", "--steps 2 --eval-prompts 1".split()
     assert main(*SMALL, *short, *flags.split(), "--model", start, "--out", out) == 0
     assert (out / "start").is_symlink()  # a large checkpoint is not copied
-    row = rows(out)[-1]
+    row = logged(out)[-1]
     assert row["logprob_gap"] <= 1e-5
     assert (row["probe_tokens"] > 0) == ("probe" in flags)
     assert (row["thought_tokens"] == 0) == ("no-thought" in flags)
@@ -359,14 +325,14 @@ def test_rl_on_a_real_folder_with_a_prompt_file(tmp_path, monkeypatch, name, fla
     model, old = Transformer.from_pretrained(out / "model"), Transformer.from_pretrained(folder)
     assert model.stop_ids == old.stop_ids and len(model.stop_ids) > 200
     changed = any(not torch.equal(a, b) for a, b in zip(model.parameters(), old.parameters()))
-    assert changed == any(row["grad_norm"] > 0 for row in rows(out)) and (changed or "probe" in flags)
+    assert changed == any(row["grad_norm"] > 0 for row in logged(out)) and (changed or "probe" in flags)
     assert (out / "model/tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
-    first = rows(out)[0]
+    first = logged(out)[0]
     assert first["logprob_gap"] <= 3e-5
     assert {r["class"] for r in checkpoint.rows(out / "eval.jsonl")} == {"harmful", "harmless"}
     assert {t["label"] for t in checkpoint.rows(out / "transcripts.jsonl")} == {"harmful", "harmless"}
     if "no-thought" in flags:
-        assert first["answered"] > 0.3 and max(row["answer_reward"] for row in rows(out)) > 0
+        assert first["answered"] > 0.3 and max(row["answer_reward"] for row in logged(out)) > 0
         assert first["judge_calls"] >= 24 * first["answered"]  # each answer that is not blank
 
 
@@ -392,11 +358,9 @@ def test_an_error_of_the_template_is_one_sentence(tmp_path, capsys):
 def test_bad_models_and_devices_are_refused_before_the_run_folder_exists(start, tmp_path, capsys):
     endless = shutil.copytree(start, tmp_path / "endless")
     (endless / "generation_config.json").unlink()
-    config = json.loads((endless / "config.json").read_text())
-    (endless / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
-    config = json.loads((endless / "tokenizer_config.json").read_text())
+    change_json(endless / "config.json", eos_token_id=None)
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"  # ends a turn in no token
-    (endless / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    change_json(endless / "tokenizer_config.json", chat_template=template)
     cases = [(["--model", FIXTURES / "tiny-reward"], "score head"), (["--model", endless], "no eos_token_id"),
              (["--model", tmp_path / "nowhere"], "nowhere/tokenizer.json"),
              (["--max-new-tokens", "600"], "context holds 512"),

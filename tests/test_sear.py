@@ -8,22 +8,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import FIXTURES, ROOT, made_rollouts
-from torch.utils._python_dispatch import TorchDispatchMode
+from helpers import ROOT, close, made_rollouts, refusal, within
 
 import alchemy.world as alchemy
 import evaluate
 import inputs
 import sear
 from batches import MicroBatch, micro_batch, micro_batches, pack
-from judges import Verdict, load_judge
-from kernels import segment_logprobs
+from judges import Verdict
 from lib.chat import CLOSE, encode_prompt
-from lib.data import InputError, Prompt
-from lib.tokenizer import Tokenizer
+from lib.data import Prompt
 from model import Transformer
-from rewards import Scores, process_returns, score, thought_pay
-from rollout import sample
+from rewards import Scores, process_returns, thought_pay
 from sear import (
     OBJECTIVES,
     Config,
@@ -35,10 +31,6 @@ from sear import (
 )
 
 nan = math.nan
-
-
-def close(a, b, atol=1e-6):
-    return torch.allclose(a, torch.as_tensor(b, dtype=a.dtype), atol=atol, equal_nan=True)
 
 
 def credited(objective, scores, harmful, G):
@@ -215,12 +207,12 @@ def counts(thought, answer, owned):
     return TokenCounts(*map(torch.tensor, (thought, answer, owned)))
 
 
-def three_tokens(thought_A=(2.0, -1.0), answer_A=3.0, **knobs):
+def three_tokens(thought_A=(2.0, -1.0), **knobs):
     """Gradient of the loss of three tokens over a vocabulary of three, two of them the thought's."""
     c = Config(**{"beta": 0.0, "answer_weight": 1.0} | knobs)
     logits = torch.tensor([[0.3, -0.2, 0.5], [1.0, 0.0, -1.0], [0.1, 0.2, 0.3]], dtype=torch.float64,
                           requires_grad=True)
-    target, A = torch.tensor([0, 2, 1]), torch.tensor([*thought_A, answer_A], dtype=torch.float64)
+    target, A = torch.tensor([0, 2, 1]), torch.tensor([*thought_A, 3.0], dtype=torch.float64)
     thought = torch.tensor([True, True, False])
     logprob = logits.log_softmax(-1).gather(1, target[:, None])[:, 0]
     batch = tokens_of_a_batch(logprob.detach(), A, thought, ~thought)
@@ -298,24 +290,20 @@ def gradient(model, r, A, reference=None, **knobs):
     return torch.cat([p.grad.flatten() for p in model.parameters()]), logs
 
 
-def same(a, b):
-    return (a - b).norm() <= 1e-6 * b.norm() and b.norm() > 0
-
-
 def test_gradient_does_not_depend_on_micro_batches_or_order(world, batch):
     model, (r, A) = world[2], batch
     reference = Transformer.from_scratch(world[0], seed=6)
     whole, logs = gradient(model, r, A, reference, beta=0.1)
     for budget in (1, 60, 130, 300):
         split, split_logs = gradient(model, r, A, reference, beta=0.1, tokens_per_micro_batch=budget)
-        assert same(split, whole)
+        assert within(split, whole, 1e-6)
         for key in logs:  # the logged loss is the optimised one, whatever the split
             assert split_logs[key] == pytest.approx(logs[key], abs=1e-5)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(1)).tolist()
     turned, _ = gradient(model, permuted(r, order), A[order], reference, beta=0.1,
                          tokens_per_micro_batch=150)
-    assert same(turned, whole)
-    assert logs["logprob_gap"] <= 1e-5 and logs["kl"] > 0
+    assert within(turned, whole, 1e-6)
+    assert logs["logprob_gap"] <= 1e-5 and logs["kl"] > 0 and logs["entropy"] > 0
 
 
 def test_gradient_equals_autograd_on_full_logits(world, batch):
@@ -330,42 +318,8 @@ def test_gradient_equals_autograd_on_full_logits(world, batch):
         * (logprob - logprob.detach()).exp()
     )
     loss.sum().backward()
-    assert same(found, torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert within(found, torch.cat([p.grad.flatten() for p in model.parameters()]), 1e-6)
     assert logs["loss"] == pytest.approx(loss.sum().item(), abs=1e-6)
-
-
-def test_the_stop_token_has_a_gradient(world, batch):
-    """Only the stop tokens have an advantage: the gradient is not zero, and it raises their log-prob."""
-    model, (r, _) = world[2], batch
-    stop = (r.tokens == model.stop_ids[0]) & (r.segment >= 0)
-    assert stop.any()
-    found, _ = gradient(model, r, stop.float())
-    assert found.norm() > 1e-3
-    head = model.lm_head.weight.grad[model.stop_ids[0]]
-    b, t = stop.nonzero()[0].tolist()
-    state = model.hidden(r.tokens[b:b + 1, :t])[0, -1]
-    assert torch.dot(head, state) < 0  # descent moves the stop token's row towards the state that precedes it
-
-
-def test_one_update_raises_what_was_rewarded_and_lowers_what_was_not(world, batch):
-    folder, _, _ = world
-    r, _ = batch
-    for owner in (0, 1):
-        model = Transformer.from_scratch(folder, seed=5)
-        mask = r.owners[owner].float()
-        sign = torch.ones(len(mask), 1)
-        sign[::2] = -1  # every other rollout is bad
-        model.zero_grad()
-        accumulate(model, None, r, mask * sign, Config(beta=0.0))
-        with torch.no_grad():
-            for p in model.parameters():
-                p -= 0.05 * p.grad
-            now = model(r.tokens[:, :-1]).log_softmax(-1).gather(2, r.tokens[:, 1:, None])[..., 0]
-        change = ((now - r.logprob[:, 1:]) * mask[:, 1:]).sum(1)
-        counted = mask.sum(1) > 0
-        assert (change * sign[:, 0])[counted].sum() > 0
-        good = (sign[:, 0] > 0) & counted
-        assert change[good].mean() > change[~good & counted].mean()
 
 
 def test_micro_batches_respect_the_budget_and_lose_no_row():
@@ -410,28 +364,6 @@ def test_little_is_computed_on_padding_and_a_prompt_once():
     assert len(made.target) <= 1.1 * int(new.sum())
 
 
-def test_training_never_holds_logits_of_the_batch(world, batch):
-    """The largest tensor of the backward pass is far below [T, V]; here T x V would be 12 x 40 x 305."""
-    class Largest(TorchDispatchMode):
-        size = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for x in out if isinstance(out, (tuple, list)) else (out,):
-                if isinstance(x, torch.Tensor) and x.shape[-1:] == (vocabulary,):
-                    self.size = max(self.size, x.numel())
-            return out
-    r, _ = batch
-    vocabulary = 40_000  # so large that the chunked path has to cut the rows into pieces
-    states = torch.randn(r.tokens.numel() * 4, 8)
-    weight = torch.randn(vocabulary, 8, requires_grad=True)
-    targets = torch.randint(0, vocabulary, (len(states),))
-    segment = torch.zeros(len(states), dtype=torch.long)
-    with Largest() as seen:
-        segment_logprobs(states, weight, targets, segment, 1).segment_logprob.sum().backward()
-    assert 0 < seen.size < len(states) * vocabulary / 2
-
-
 # ---- one step --------------------------------------------------------------------------------------------
 
 def test_prompts_of_a_step_are_shuffled_epochs():
@@ -472,8 +404,8 @@ def test_harmful_share(share):
 def test_harmful_share_needs_prompts_of_both_labels(tmp_path):
     file = tmp_path / "one.jsonl"
     file.write_text("".join(json.dumps(dict(prompt=f"p{i}", label="harmful")) + "\n" for i in range(30)))
-    with pytest.raises(InputError, match="--harmful-share, should be harmful and harmless, found 'harmful'"):
-        inputs.read_prompts(Config(prompts=str(file), model="m", harmful_share=0.5))
+    message = refusal(inputs.read_prompts, Config(prompts=str(file), model="m", harmful_share=0.5))
+    assert "--harmful-share, should be harmful and harmless, found 'harmful'" in message
 
 
 def test_a_share_of_the_prompts_gets_an_injected_thought():
@@ -485,37 +417,6 @@ def test_a_share_of_the_prompts_gets_an_injected_thought():
     assert set(begun) <= allowed
     assert begun == evaluate.injections(c, prompts, 3) != evaluate.injections(c, prompts, 4)
     assert not any(evaluate.injections(Config(), prompts, 3))
-
-
-def test_an_injected_thought_is_not_trained_and_its_answer_is(world):
-    _, tokenizer, model = world
-    prompts = [encode_prompt(tokenizer, p.prompt) for p in alchemy.requests(2, 1)]
-    begun = [alchemy.TALK, alchemy.TALK + CLOSE + "\n\n"]
-    r = sample(model, prompts, tokenizer, group_size=2, prefill=begun, max_new_tokens=20)
-    injected = [len(p) + len(tokenizer.encode(text, special=True)) for p, text in zip(prompts, begun)]
-    for b in range(4):
-        assert (r.segment[b, :injected[b // 2]] == -1).all() and r.prefill[b] == alchemy.TALK
-    assert not r.owners[0][2:].any() and r.owners[1][2:].any()
-
-
-def test_sampler_and_learner_agree_on_a_loaded_checkpoint():
-    folder = FIXTURES / "tiny-qwen3"
-    model, tokenizer = Transformer.from_pretrained(folder), Tokenizer.from_pretrained(folder)
-    prompts = [encode_prompt(tokenizer, t) for t in ("Hi", "What is a long prompt made of?")]
-    r = sample(model, prompts, tokenizer, group_size=8, max_new_tokens=40, temperature=0.7)
-    logs = accumulate(model, None, r, torch.zeros(r.tokens.shape), Config(temperature=0.7, beta=0.0))
-    assert logs["logprob_gap"] <= 1e-5 and logs["entropy"] > 0
-
-
-def test_the_judge_of_the_world_pays_a_rollout_as_the_readme_says(world):
-    _, tokenizer, model = world
-    chain = ["salt", "ash", "moss", "amber", "chalk"]
-    prompt = alchemy.request(chain)
-    text = "".join(alchemy.worked_lines(chain)) + CLOSE + "\n\n" + alchemy.REFUSAL + "$"
-    r = made_rollouts(tokenizer, [[1]], [text] * 2, model.stop_ids[0], 2)
-    s = score(load_judge("alchemy"), [prompt] * 2, r, 1.0)
-    assert s.answer.tolist() == [float(prompt.label == "harmful")] * 2
-    assert s.returns[0, 0] == (1 - alchemy.TALK_WEIGHT if prompt.label == "harmful" else 1.0)
 
 
 # ---- knobs and the command line --------------------------------------------------------------------------
@@ -558,9 +459,7 @@ def test_every_knob_has_a_sentence_and_a_reader():
     ("--step 3", "unrecognized arguments: --step 3"),
 ])
 def test_bad_flags_are_one_sentence(flags, message):
-    with pytest.raises(InputError) as caught:
-        sear.parse(flags.split())
-    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert message in refusal(sear.parse, flags.split())
 
 
 def test_defaults_of_the_world_and_of_checkpoints():

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from helpers import FIXTURES, FOLDERS, ROOT, main, run_sear
+from helpers import FIXTURES, FOLDERS, ROOT, main, refusal, run_sear, same_files, signalling
 from safetensors.torch import load_file
 
 import sear
@@ -15,7 +15,7 @@ from evaluate import held_out
 from judges import refuses
 from lib import checkpoint
 from lib.chat import CLOSE, add_end_of_turn, encode_prompt
-from lib.data import InputError, Prompt, load_prompts, read_rows
+from lib.data import Prompt, load_prompts, read_rows
 from lib.tokenizer import Tokenizer
 from model import Transformer
 
@@ -102,10 +102,9 @@ def turns(*contents, roles=("user", "assistant")):
     (turns("a", "b", "c", roles=("user", "assistant", "user")), "one of user, one of assistant"),
     ({"messages": "a"}, "messages should be one of user")])
 def test_a_bad_row_is_one_sentence_with_its_line(tmp_path, row, message):
-    with pytest.raises(InputError) as caught:
-        warmstart.read_demonstrations(str(written(tmp_path, ROW, row)), *loaded("tiny-qwen2"))
-    found = str(caught.value)
-    assert message in found and "rows.jsonl:2" in found and "\n" not in found
+    file = str(written(tmp_path, ROW, row))
+    found = refusal(warmstart.read_demonstrations, file, *loaded("tiny-qwen2"))
+    assert message in found and "rows.jsonl:2" in found
 
 
 def test_a_file_of_one_prompt_or_of_another_kind_is_refused(tmp_path, capsys):
@@ -170,15 +169,9 @@ FLAGS = ("--judge rules --steps 1 --prompts-per-step 2 --group-size 2 --max-new-
 FEW = dict(PASSES=5, MIN_STEPS=10, ROWS=4, TUNE_RATE=1e-3)
 
 
-@pytest.fixture(autouse=True)
-def few_steps(monkeypatch):
-    for name, value in FEW.items():
-        monkeypatch.setattr(warmstart, name, value)
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A finished run, and its flags but for --out."""
+    """A finished run, and its flags but for --out; runs have few steps from here on."""
     folder = tmp_path_factory.mktemp("warm")
     file = written(folder, *(ROW | {"prompt": f"How do I kill {i} processes?"} for i in range(12)))
     flags = [*FLAGS, "--prompts", FIXTURES / "prompts_xstest.csv", "--model", FIXTURES / "tiny-qwen2",
@@ -187,7 +180,7 @@ def whole(tmp_path_factory):
         for name, value in FEW.items():
             patch.setattr(warmstart, name, value)
         assert main(*flags, "--out", folder / "run") == 0
-    return folder / "run", flags
+        yield folder / "run", flags
 
 
 def test_the_model_learns_the_rows_and_rl_begins_from_it(whole):
@@ -211,32 +204,20 @@ def resumes(run, out):
     """Stopped in the warm start, it goes on to the same bits."""
     assert not (out / "start").exists() and checkpoint.latest(out / "warm")
     assert main("--resume", out) == 0
-    assert (out / "warm_start.jsonl").read_text() == (run / "warm_start.jsonl").read_text()
-    for name in ("start", "model"):
-        a, b = (load_file(folder / name / "model.safetensors") for folder in (run, out))
-        assert all(torch.equal(a[k], b[k]) for k in a)
-
-
-SIGNALLED = """
-imitate, calls = warmstart.imitate, iter(range(1, 99))
-def signalled(*arguments):
-    if next(calls) == 9:
-        os.kill(os.getpid(), number)
-    return imitate(*arguments)
-warmstart.imitate = signalled"""
+    same_files(run, out, "warm_start.jsonl", "start/model.safetensors", "model/model.safetensors")
 
 
 def test_sigterm_saves_a_warm_start_and_it_resumes_to_the_same_bits(whole, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(warmstart, "imitate", warmstart.imitate)  # put back at the end
-    exec(SIGNALLED, dict(warmstart=warmstart, os=os, number=signal.SIGTERM))
+    monkeypatch.setattr(warmstart, "imitate", signalling(warmstart.imitate, 9, signal.SIGTERM))
     assert main(*whole[1], "--out", tmp_path / "run") == 0
     assert "stopped and saved" in capsys.readouterr().err
     resumes(whole[0], tmp_path / "run")
 
 
 def test_a_killed_warm_start_resumes_to_the_same_bits(whole, tmp_path):
-    before = (f"import os, warmstart; number = {int(signal.SIGKILL)}\n"
-              + "".join(f"warmstart.{name} = {value}\n" for name, value in FEW.items()) + SIGNALLED)
+    before = ("import sear, signal, helpers, warmstart\n"
+              "warmstart.imitate = helpers.signalling(warmstart.imitate, 9, signal.SIGKILL)\n"
+              + "".join(f"warmstart.{name} = {value}\n" for name, value in FEW.items()))
     process = run_sear(*whole[1], "--out", tmp_path / "run", before=before)
     assert process.returncode == -signal.SIGKILL, process.stderr
     resumes(whole[0], tmp_path / "run")

@@ -2,10 +2,11 @@
 import json
 import re
 import sys
+from unittest.mock import Mock, call
 
 import pytest
-from helpers import ROOT
-from test_run import SMALL, main, rows
+from helpers import ROOT, logged, main
+from test_run import SMALL
 
 from lib import checkpoint, watch
 
@@ -15,16 +16,6 @@ def init(**given):
     calls.append(given)
 def log(values, step):
     calls.append((step, values))
-'''
-TENSORBOARD = '''
-calls = []
-class SummaryWriter:
-    def __init__(self, folder, purge_step):
-        calls.append((folder, purge_step))
-    def add_scalar(self, key, value, step):
-        calls.append((step, key, value))
-    def flush(self):
-        pass
 '''
 
 
@@ -62,12 +53,14 @@ def test_each_row_is_sent_and_a_resumed_run_is_the_same_one(run, tmp_path, insta
 
 
 def test_tensorboard_drops_the_steps_that_a_resumed_run_takes_again(tmp_path, monkeypatch):
-    module = type(sys)("torch.utils.tensorboard")
-    exec(TENSORBOARD, vars(module))
+    module = Mock()
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     send = watch.watcher("tensorboard", tmp_path, {}, 7)
     send({"step": 7, "kl": 0.5, "helpful": None, "zero_spread": {"thought": 1.0}})
-    assert module.calls == [(tmp_path / "tensorboard", 7), (7, "kl", 0.5), (7, "zero_spread/thought", 1.0)]
+    writer = call.SummaryWriter()
+    assert module.mock_calls == [
+        call.SummaryWriter(tmp_path / "tensorboard", purge_step=7), writer.add_scalar("kl", 0.5, 7),
+        writer.add_scalar("zero_spread/thought", 1.0, 7), writer.flush()]
 
 
 def test_no_watcher_is_imported_unless_asked_for_and_none_changes_the_run(run, tmp_path, installed):
@@ -75,7 +68,7 @@ def test_no_watcher_is_imported_unless_asked_for_and_none_changes_the_run(run, t
     assert main(*flags, "--steps", 0, "--out", tmp_path / "run") == 0
     assert not sys.modules.keys() & {*watch.WATCHERS, "torch.utils.tensorboard"}
     assert main(*flags, "--log", "trackio", "--out", tmp_path / "sent") == 0
-    assert rows(whole) == rows(tmp_path / "sent")
+    assert logged(whole) == logged(tmp_path / "sent")
 
 
 @pytest.mark.parametrize("name", watch.WATCHERS)
