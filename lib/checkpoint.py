@@ -229,6 +229,9 @@ def fingerprints(config: dict) -> dict[str, str]:
     """{knob: fingerprints} of the files and folders that the config names."""
     named = {k: [Path(re.sub(r"\.py:\w*$", ".py", config[k]))] for k in INPUTS
              if config.get(k) and config[k] not in NOT_FILES}
+    for paths in (named.get("judge", []), named.get("eval_judge", [])):  # a judge file names its guard
+        paths += [file.parent / read_json(file)["model"] for file in paths
+                  if file.suffix == ".json" and file.exists()]
     named |= {"eval_file": file_list(config.get("eval_file", ""))}
     named |= {"injections": [Path(config.get("injections") or INJECTIONS)] * bool(config.get("prompts"))}
     named = {k: list(filter(Path.exists, paths)) for k, paths in named.items()}
@@ -252,7 +255,7 @@ def fingerprint(path: Path) -> str:
 def environment() -> dict:
     source, root = hashlib.sha256(), Path(__file__).parents[1]
     for file in sorted(root.glob("**/*.py")):
-        if not {"tests", ".venv"} & set(file.relative_to(root).parts):
+        if not {"tests", "site-packages"} & set(file.relative_to(root).parts):
             source.update(file.read_bytes())
     return {"source_sha256": source.hexdigest(), "command": sys.argv, "python": platform.python_version(),
             "torch": torch.__version__, "numpy": np.__version__, "machine": platform.platform(),
