@@ -278,12 +278,24 @@ def attacks_block(attack: str) -> str:
     return "\n".join(lines)
 
 
-def table_block(folder: str = "") -> str:
-    return tables.table(tables.columns_of(results_of(folder)))
+def long_curves_block() -> str:
+    """Answer reward of each run of the long world, in means over 50 steps."""
+    n, runs = 50 // tables.EVERY, results_of("long")
+    starts = range(0, len(runs[0]["curve"]), n)
+    lines = ["| objective | seed | " + " | ".join(f"step {i * tables.EVERY}" for i in starts) + " |",
+             "|---" * (2 + len(starts)) + "|"]
+    for run in runs:
+        means = " | ".join(f"{mean(run['curve'][i:i + n]):.2f}" for i in starts)
+        lines.append(f"| {run['name']} | {run['seed']} | {means} |")
+    return "\n".join(lines)
 
 
-def differences_block(folder: str = "") -> str:
-    return tables.differences(tables.columns_of(results_of(folder)))
+def table_block() -> str:
+    return tables.table(tables.columns_of(results_of()))
+
+
+def differences_block() -> str:
+    return tables.differences(tables.columns_of(results_of()))
 
 
 BLOCKS = {
@@ -292,8 +304,7 @@ BLOCKS = {
     "docs/results.md": {"results": table_block, "differences": differences_block, "claims": claims_block,
                         "stability": stability_block, "shares": shares_block,
                         "gradients": gradients_block, "opponents": opponents_block,
-                        "long": lambda: table_block("long"),
-                        "long-differences": lambda: differences_block("long"),
+                        "long": partial(results_block, "long"), "long-curves": long_curves_block,
                         "rare-talk": partial(results_block, "rare-talk")},
     "docs/real-model.md": {"lora": partial(results_block, "lora")},
     "docs/attacks.md": {attack: partial(attacks_block, attack) for attack in SEARCHES}}
