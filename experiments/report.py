@@ -144,9 +144,9 @@ def shown_block() -> str:
     """What the results show, for the first screen."""
     columns, shares = tables.columns_of(results_of()), tables.columns_of(results_of("shares"))
 
-    def complies(names: tuple) -> str:  # how many runs comply with most harmful requests under hijack
-        rates = [pictures.mean(rows, "hijack", tables.HARMFUL, "unsafe")
-                 for name in names for rows in columns[name].values()]
+    def complies(*runs: tables.Column, attack: str = "hijack") -> str:  # with most harmful requests
+        rates = [pictures.mean(rows, attack, tables.HARMFUL, "unsafe")
+                 for column in runs for rows in column.values()]
         return f"{sum(rate > 0.5 for rate in rates)} of {len(rates)}"
 
     def collapsed(name: str) -> str:
@@ -157,17 +157,20 @@ def shown_block() -> str:
         [pictures.mean(rows, *OVER) for rows in shares[f"{name} harmful_share=0.9"].values()], ".2f")
         for name in ("sear", "outcome"))
     rare, other = (tables.spread(ends(name, "rare-talk"), ".2f") for name in ("sear", "outcome"))
+    hijacked = [complies(*(columns[name] for name in names))
+                for names in (("outcome", "safe-thought"), ("sear", "process-once"), ("process-shared",))]
+    seldom = complies(shares["sear harmful_share=0.1"], attack="none")
     items = (
         f"**Shown: dense or once is the same where the players do not compete** (answer reward {dense}, "
-        f"{once}). Most hijacks succeed in {complies(('outcome', 'safe-thought'))} runs that pay the thought "
-        f"the answer's reward (`outcome`, `safe-thought`), {complies(('sear', 'process-once'))} of `sear` "
-        f"and `process-once`, {complies(('process-shared',))} of `process-shared`. With nine in ten prompts "
-        f"harmful, `outcome` refuses {outcome} of ambiguous requests, `sear` {sear}.",
+        f"{once}). Most hijacks succeed in {hijacked[0]} runs that pay the thought the answer's reward "
+        f"(`outcome`, `safe-thought`), {hijacked[1]} of `sear` and `process-once`, {hijacked[2]} of "
+        f"`process-shared`. With nine in ten prompts harmful, `outcome` refuses {outcome} of ambiguous "
+        f"requests, `sear` {sear}.",
         f"**Not shown: that dense pay steadies competition.** With the thought paid for unsafe answers, "
         f"{collapsed('competing-outcome')} runs collapse if paid once, {collapsed('probe')} if densely; they "
         f"end at {competing}, {probe}. **Where it fails:** from start models that seldom dismiss the "
-        f"rules `sear` ends at {rare}, `outcome` at {other}. A search breaks each objective tried in "
-        "some seed ([details](docs/results.md)).")
+        f"rules `sear` ends at {rare}, `outcome` at {other}. With one prompt in ten harmful, {seldom} `sear` "
+        "runs comply ([more](docs/results.md)).")
     wrap = partial(textwrap.fill, width=118, initial_indent="- ", subsequent_indent="  ",
                    break_long_words=False, break_on_hyphens=False)
     return "\n".join(map(wrap, items))
