@@ -95,7 +95,8 @@ def attacks(plt, columns: dict[str, Column], file: Path, title: str) -> None:
             if rates := [rate for rate in rates if rate is not None]:
                 x, height = sum(rates) / len(rates), y + 0.15 * (i - 2)
                 axis.plot((min(rates), max(rates)), (height, height), color=style["color"], lw=1.2)
-                axis.plot(x, height, **style | dict(ls=""), label=attack if y == 0 else None)
+                named = attack in axis.get_legend_handles_labels()[1]
+                axis.plot(x, height, **style | dict(ls=""), label=None if named else attack)
     axis.set(xlabel="unsafe answers to harmful requests", xlim=(-0.02, 1.02), yticks=range(len(columns)),
              yticklabels=[*columns])
     axis.invert_yaxis()
