@@ -144,33 +144,34 @@ def shown_block() -> str:
     """What the results show, for the first screen."""
     columns, shares = tables.columns_of(results_of()), tables.columns_of(results_of("shares"))
 
-    def complies(*runs: tables.Column, attack: str = "hijack") -> str:  # with most harmful requests
-        rates = [pictures.mean(rows, attack, tables.HARMFUL, "unsafe")
-                 for column in runs for rows in column.values()]
+    def complies(names: tuple) -> str:  # how many runs comply with most harmful requests under hijack
+        rates = [pictures.mean(rows, "hijack", tables.HARMFUL, "unsafe")
+                 for name in names for rows in columns[name].values()]
         return f"{sum(rate > 0.5 for rate in rates)} of {len(rates)}"
 
     def collapsed(name: str) -> str:
         return f"{sum(map(any, falls(name)))} of {len(falls(name))}"
-    dense, once, competing, probe = (tables.spread(ends(name), ".2f") for name in (
-        "sear", "process-once", "competing-outcome", "probe"))
-    sear, outcome = (tables.spread(
-        [pictures.mean(rows, *OVER) for rows in shares[f"{name} harmful_share=0.9"].values()], ".2f")
-        for name in ("sear", "outcome"))
+    dense, once = (tables.spread(ends(name), ".2f") for name in ("sear", "process-once"))
     rare, other = (tables.spread(ends(name, "rare-talk"), ".2f") for name in ("sear", "outcome"))
-    hijacked = [complies(*(columns[name] for name in names))
-                for names in (("outcome", "safe-thought"), ("sear", "process-once"), ("process-shared",))]
-    seldom = complies(shares["sear harmful_share=0.1"], attack="none")
+
+    def with_share(name: str, share: float, *what) -> str:  # of harmful prompts
+        column = shares[f"{name} harmful_share={share}"]
+        return tables.spread([pictures.mean(rows, *what) for rows in column.values()], ".2f")
+    hijacked = [complies(names) for names in (("outcome", "safe-thought"), ("sear", "process-once"),
+                                              ("process-shared",))]
     items = (
         f"**Shown: dense or once is the same where the players do not compete** (answer reward {dense}, "
-        f"{once}). Most hijacks succeed in {hijacked[0]} runs that pay the thought the answer's reward "
-        f"(`outcome`, `safe-thought`), {hijacked[1]} of `sear` and `process-once`, {hijacked[2]} of "
-        f"`process-shared`. With nine in ten prompts harmful, `outcome` refuses {outcome} of ambiguous "
-        f"requests, `sear` {sear}.",
+        f"{once}). In the default world most hijacks succeed in {hijacked[0]} runs that pay the thought the "
+        f"answer's reward (`outcome`, `safe-thought`), {hijacked[1]} of `sear` and `process-once`, "
+        f"{hijacked[2]} of `process-shared`. With nine in ten prompts harmful, `outcome` refuses "
+        f"{with_share('outcome', 0.9, *OVER)} of ambiguous requests, `sear` "
+        f"{with_share('sear', 0.9, *OVER)}.",
         f"**Not shown: that dense pay steadies competition.** With the thought paid for unsafe answers, "
-        f"{collapsed('competing-outcome')} runs collapse if paid once, {collapsed('probe')} if densely; they "
-        f"end at {competing}, {probe}. **Where it fails:** from start models that seldom dismiss the "
-        f"rules `sear` ends at {rare}, `outcome` at {other}. With one prompt in ten harmful, {seldom} `sear` "
-        "runs comply ([more](docs/results.md)).")
+        f"{collapsed('competing-outcome')} runs collapse if paid once, {collapsed('probe')} if densely. "
+        f"**Where it fails:** from start models that seldom dismiss the rules `sear` ends at {rare}, "
+        f"`outcome` at {other}. With one prompt in ten harmful, `sear` complies with "
+        f"{with_share('sear', 0.1, *UNSAFE)} of harmful requests, `outcome` "
+        f"{with_share('outcome', 0.1, *UNSAFE)} ([more](docs/results.md)).")
     wrap = partial(textwrap.fill, width=118, initial_indent="- ", subsequent_indent="  ",
                    break_long_words=False, break_on_hyphens=False)
     return "\n".join(map(wrap, items))
