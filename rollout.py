@@ -121,17 +121,17 @@ def sample_token(logits: Tensor, u: Tensor, temperature: float) -> tuple[Tensor,
     if V > BLOCK:
         blocks = p.view(B, -1, BLOCK)
         block, u = invert_cdf(blocks.sum(-1), u)
-        p, first = blocks[torch.arange(B), block], block * BLOCK
-    token = first + invert_cdf(p, u)[0]
+        p, first = blocks[torch.arange(B, device=block.device), block], block * BLOCK
+    token = (first + invert_cdf(p, u)[0]).clamp_(max=V - 1)  # of NaN logits
     return token, logprob.gather(1, token[:, None])[:, 0]
 
 
 def invert_cdf(p: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """p [B, n] >= 0, not all 0, u [B] float64 in [0, 1) -> index [B] of the interval that holds u times their
-    sum, never one of length 0, and where in it, as a share."""
+    sum, never one of length 0, and where in it, as a share. After a NaN any index; such a step is skipped."""
     cdf = p.double().cumsum(-1)  # [B, n]
     x = torch.minimum(u * cdf[:, -1], cdf[:, -1].nextafter(u.new_zeros(())))[:, None]  # below the last sum
-    index = torch.searchsorted(cdf, x, right=True)  # [B, 1]
+    index = torch.searchsorted(cdf, x, right=True).clamp_(max=p.shape[1] - 1)  # [B, 1]
     width = p.gather(1, index).double()
     return index[:, 0], (1 - (cdf.gather(1, index) - x) / width).clamp(0, 1)[:, 0]
 

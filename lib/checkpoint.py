@@ -229,9 +229,6 @@ def fingerprints(config: dict) -> dict[str, str]:
     """{knob: fingerprints} of the files and folders that the config names."""
     named = {k: [Path(re.sub(r"\.py:\w*$", ".py", config[k]))] for k in INPUTS
              if config.get(k) and config[k] not in NOT_FILES}
-    for paths in (named.get("judge", []), named.get("eval_judge", [])):  # a judge file names its guard
-        paths += [file.parent / read_json(file)["model"] for file in paths
-                  if file.suffix == ".json" and file.exists()]
     named |= {"eval_file": file_list(config.get("eval_file", ""))}
     named |= {"injections": [Path(config.get("injections") or INJECTIONS)] * bool(config.get("prompts"))}
     named = {k: list(filter(Path.exists, paths)) for k, paths in named.items()}

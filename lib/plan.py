@@ -16,7 +16,7 @@ from lib.parallel import rank_and_world
 
 MASTER, COMPUTE = 4, 2  # bytes of an fp32 and of a bf16 number
 MIN_ROWS = 16  # a smaller batch is padded to as many rows
-STEP_BYTES = 24  # a logit of a decoding step: with its log-prob in fp32, two steps of its sum in fp64
+STEP_BYTES = 12  # a logit of a decoding step, its log-prob and its probability, in fp32
 SPLIT_BYTES = 3 * 119 * MASTER  # a token in the log-prob kernel: three numbers for each split of V
 CHUNK_BYTES = 336e6  # the kernel's largest piece of logits
 FORCED = 280  # columns of a forced answer and its closing tag, with --potential probe

@@ -221,6 +221,8 @@ def test_bf16_results_are_the_same_with_weights_cast_once():
             assert torch.equal(model(tokens), plain)
     assert casts.of_parameters == 0  # biases and norms included
     assert plain.dtype == torch.bfloat16
+    with pytest.raises(ValueError), model.cast_once():
+        raise ValueError
     assert all(torch.equal(p, master) for p, master in zip(model.parameters(), masters, strict=True))
 
 

@@ -136,6 +136,8 @@ def test_blocks_of_the_vocabulary_do_not_change_the_token(V):
     assert other[4:].sum() <= 1 and ((border - u).abs()[other] < 1e-6).all()
     assert torch.equal(logprob, wanted.gather(1, token[:, None])[:, 0])
     assert logprob.isfinite().all()
+    logits[0], logits[1, 0] = math.nan, math.inf  # a diverged model ends later, with its own sentence
+    assert (rollout.sample_token(logits, u, 0.7)[0] < V).all()
 
 
 def test_sampler_and_learner_compute_the_same_logprob(world):
@@ -493,7 +495,9 @@ def test_a_cut_without_room_for_an_answer_is_refused(beginner):
 def test_forced_answers_equal_those_of_a_prefilled_thought(world, thought_tokens):
     """Nearly greedy, so that a fork of the cache and the thought prefilled from the start give one answer."""
     _, tokenizer, model = world
-    prompts = [encode_prompt(tokenizer, p.prompt) for p in alchemy.requests(3, 1)]
+    texts = [p.prompt for p in alchemy.requests(3, 1)]
+    texts[2] *= 2  # in a part of its own
+    prompts = [encode_prompt(tokenizer, text) for text in texts]
     seeds = dict(seed=3, step=1)
     cold = dict(temperature=1e-6, max_new_tokens=6, **seeds)
     r = sample(model, prompts, tokenizer, group_size=2, max_new_tokens=24, max_rows=4, keep_cache=True,

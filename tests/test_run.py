@@ -204,17 +204,6 @@ def test_fingerprints_see_names_sizes_and_both_ends_of_files(tmp_path, monkeypat
     assert len({same, *others}) == 5
 
 
-def test_a_judge_file_has_the_fingerprint_of_its_guard_too(tmp_path):
-    (tmp_path / "guard").mkdir()
-    (tmp_path / "guard" / "weights").write_bytes(b"before")
-    file = tmp_path / "judge.json"
-    file.write_text(json.dumps({"model": "guard"}))
-    before = checkpoint.fingerprints({"eval_judge": str(file)})
-    (tmp_path / "guard" / "weights").write_bytes(b"after!")
-    after = checkpoint.fingerprints({"eval_judge": str(file)})
-    assert before.keys() == after.keys() == {"eval_judge"} and before != after
-
-
 def test_only_files_and_folders_have_a_fingerprint(tmp_path, monkeypatch):
     """A judge's name is not the folder of that name, such as alchemy/ of this repository."""
     monkeypatch.chdir(tmp_path)
