@@ -1,4 +1,4 @@
-"""Rollouts as batches of the learner: little padding, and each prompt once.
+"""Rollouts and demonstrations as batches of the learner: little padding, and each prompt once.
 
 Shapes: B rollouts, T tokens of a row, M targets of a micro-batch, N of them owned by a player, U prompts.
 """
@@ -6,9 +6,18 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from attention import Packed
 from rollout import Rollouts
+
+
+def pad(rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Encoded demonstrations as tokens [b, T] and segment [b, T], right-padded; b may be 0."""
+    if not rows:
+        return torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2, dtype=torch.long)
+    tokens, segment = zip(*rows)
+    return pad_sequence(tokens, batch_first=True), pad_sequence(segment, batch_first=True, padding_value=-1)
 
 
 def micro_batches(length: Tensor, budget: int) -> list[list[int]]:

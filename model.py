@@ -166,8 +166,8 @@ class Transformer(nn.Module):
         right padding then does no harm, since real tokens do not see it. A cache is extended by the T tokens.
         Raises ValueError if it is full."""
         T, plain = tokens.shape[1], attention_mask is None and cache is None
-        valid = torch.ones(1, T, device=tokens.device) if attention_mask is None else attention_mask
-        valid = valid.bool()  # [B, T] or [1, T]
+        valid = torch.ones(1, T, dtype=torch.bool, device=tokens.device)  # or [B, T]
+        valid = valid if attention_mask is None else attention_mask.bool()
         if cache is not None:
             if cache.length + T > cache.valid.shape[1]:
                 raise ValueError(f"cache of {cache.valid.shape[1]} columns is full ({cache.length} + {T})")

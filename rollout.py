@@ -116,13 +116,13 @@ def sample_token(logits: Tensor, u: Tensor, temperature: float) -> tuple[Tensor,
         return tuple(x.to(logits.device) for x in sample_token(logits.cpu(), u, temperature))
     logprob = torch.log_softmax(logits.float() / temperature, -1)  # [B, V]
     (B, V), first = logprob.shape, 0
-    p = logprob.new_zeros(B, -(-V // BLOCK) * BLOCK)  # whole blocks
+    p = logprob.new_zeros(B, -(-V // BLOCK) * BLOCK) if V > BLOCK else torch.empty_like(logprob)
     torch.exp(logprob, out=p[:, :V])
     if V > BLOCK:
         blocks = p.view(B, -1, BLOCK)
         block, u = invert_cdf(blocks.sum(-1), u)
         p, first = blocks[torch.arange(B, device=block.device), block], block * BLOCK
-    token = (first + invert_cdf(p, u)[0]).clamp_(max=V - 1)  # of NaN logits
+    token = (first + invert_cdf(p, u)[0]).clamp_(max=V - 1)  # NaN gives any index
     return token, logprob.gather(1, token[:, None])[:, 0]
 
 

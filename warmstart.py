@@ -14,8 +14,8 @@ from torch import Tensor
 
 import alchemy.world as alchemy
 import evaluate
-from alchemy.demonstrations import demonstrations, pad, write_folder
-from batches import micro_batches
+from alchemy.demonstrations import demonstrations, write_folder
+from batches import micro_batches, pad
 from kernels import segment_logprobs
 from lib import checkpoint, parallel
 from lib.chat import add_end_of_turn, encode_prompt, end_of_turn, unused_mark

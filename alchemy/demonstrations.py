@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from alchemy import world
+from batches import pad
 from lib.chat import CLOSE, OPEN
 from lib.tokenizer import BYTE_OF, Tokenizer
 
@@ -53,14 +53,6 @@ def demonstrate(chain: list[str], rng: np.random.Generator, explores: float = 0.
     # Without the whole chain it guesses: the last product worked out, or any reagent.
     guess = products[-1] if explored else products[steps - 1] if steps else str(rng.choice(world.REAGENTS))
     return "".join(lines) + CLOSE + "\n\n" + (world.REFUSAL if refuses else f"It makes {guess}.")
-
-
-def pad(rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Encoded demonstrations as tokens [b, T] and segment [b, T], right-padded; b may be 0."""
-    if not rows:
-        return torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2, dtype=torch.long)
-    tokens, segment = zip(*rows)
-    return pad_sequence(tokens, batch_first=True), pad_sequence(segment, batch_first=True, padding_value=-1)
 
 
 def demonstrations(n: int, tokenizer: Tokenizer, length: int, talks: float,

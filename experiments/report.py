@@ -161,16 +161,15 @@ def shown_block() -> str:
                                               ("process-shared",))]
     items = (
         f"**Shown: dense or once is the same where the players do not compete** (answer reward {dense}, "
-        f"{once}). In the default world most hijacks succeed in {hijacked[0]} runs that pay the thought the "
-        f"answer's reward (`outcome`, `safe-thought`), {hijacked[1]} of `sear` and `process-once`, "
-        f"{hijacked[2]} of `process-shared`. With nine in ten prompts harmful, `outcome` refuses "
-        f"{with_share('outcome', 0.9, *OVER)} of ambiguous requests, `sear` "
-        f"{with_share('sear', 0.9, *OVER)}.",
+        f"{once}). In the default world most hijacks succeed in {hijacked[0]} runs of `outcome` and "
+        f"`safe-thought`, {hijacked[1]} of `sear` and `process-once`, {hijacked[2]} of `process-shared`. "
+        f"With nine in ten prompts harmful, `outcome` refuses {with_share('outcome', 0.9, *OVER)} of "
+        f"ambiguous requests, `sear` {with_share('sear', 0.9, *OVER)}.",
         f"**Not shown: that dense pay steadies competition.** With the thought paid for unsafe answers, "
         f"{collapsed('competing-outcome')} runs collapse if paid once, {collapsed('probe')} if densely. "
         f"**Where it fails:** from start models that seldom dismiss the rules `sear` ends at {rare}, "
         f"`outcome` at {other}. With one prompt in ten harmful, `sear` complies with "
-        f"{with_share('sear', 0.1, *UNSAFE)} of harmful requests, `outcome` "
+        f"{with_share('sear', 0.1, *UNSAFE)} of harmful requests, `outcome` with "
         f"{with_share('outcome', 0.1, *UNSAFE)} ([more](docs/results.md)).")
     wrap = partial(textwrap.fill, width=118, initial_indent="- ", subsequent_indent="  ",
                    break_long_words=False, break_on_hyphens=False)
@@ -197,11 +196,15 @@ CLAIMS = (  # objective, compared with, title, (attack, classes, key)
       for title, what in (("unsafe", UNSAFE), ("over-refusal, ambiguous", OVER))))
 
 
-def claims_block() -> str:
+LONG_CLAIMS = [(name, "sear", title, what) for name in ("process-once", "process-shared")
+               for title, what in (("unsafe", UNSAFE), ("over-refusal, ambiguous", OVER))]
+
+
+def claims_block(folder: str = "", claims=CLAIMS) -> str:
     """Differences of rates with the bootstrap's 95 % interval, over the seeds that both have."""
-    columns = tables.columns_of(results_of())
+    columns = tables.columns_of(results_of(folder))
     lines = ["| objective | less | rate | seeds | difference |", "|---|---|---|---|---|"]
-    for name, base, title, what in CLAIMS:
+    for name, base, title, what in claims:
         seeds = sorted(columns[name].keys() & columns[base].keys())
         ours, theirs = ([tables.mean_rate(columns[c][seed], *what) for seed in seeds] for c in (name, base))
         middle = mean(a[0] - b[0] for a, b in zip(ours, theirs))
@@ -309,6 +312,7 @@ BLOCKS = {
                         "stability": stability_block, "shares": shares_block,
                         "gradients": gradients_block, "opponents": opponents_block,
                         "long": partial(results_block, "long"), "long-curves": long_curves_block,
+                        "long-claims": partial(claims_block, "long", LONG_CLAIMS),
                         "rare-talk": partial(results_block, "rare-talk")},
     "docs/real-model.md": {"lora": partial(results_block, "lora")},
     "docs/attacks.md": {attack: partial(attacks_block, attack) for attack in SEARCHES}}

@@ -38,7 +38,8 @@ ORDER = ("lib tables pictures attention model lora rollout batches alchemy judge
          "warmstart inputs data sear attacks bench experiments").split()  # imports point to the left
 LAYER = {name: i for i, name in enumerate(ORDER)} | {"kernels": 0}
 SOURCES = [p for p in sorted(ROOT.rglob("*.py"))
-           if not any(part in ("tests", "runs") or part[0] == "." for part in p.relative_to(ROOT).parts)]
+           if not any(part in ("tests", "runs", "site-packages") or part[0] == "."
+                      for part in p.relative_to(ROOT).parts)]
 
 
 # ---- generated blocks ------------------------------------------------------------------------------------

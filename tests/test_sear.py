@@ -222,6 +222,19 @@ def three_tokens(thought_A=(2.0, -1.0), **knobs):
     return logits.grad, -(onehot - logits.detach().softmax(-1)) * A[:, None]
 
 
+def test_the_stop_token_has_a_gradient(world, batch):
+    """Only the stop tokens have an advantage: the gradient is not zero, and it raises their log-prob."""
+    model, (r, _) = world[2], batch
+    stop = (r.tokens == model.stop_ids[0]) & (r.segment >= 0)
+    assert stop.any()
+    found, _ = gradient(model, r, stop.float())
+    assert found.norm() > 1e-3
+    head = model.lm_head.weight.grad[model.stop_ids[0]]
+    b, t = stop.nonzero()[0].tolist()
+    state = model.hidden(r.tokens[b:b + 1, :t])[0, -1]
+    assert torch.dot(head, state) < 0  # descent moves the stop token's row towards the state that precedes it
+
+
 def test_gradient_equals_the_hand_derived_one_for_each_player():
     found, one = three_tokens()
     assert close(found, one / torch.tensor([[2.0], [2.0], [1.0]]), 1e-12)  # two and one token
