@@ -115,7 +115,7 @@ class Config:
     thought_tokens: int = knob(0, "an open thought is closed by force after so many tokens; 0: never", low=0)
     harmful_share: float = knob(0.0, "share of harmful prompts in training; 0: as they come", low=0, high=1)
     prefill_share: float = knob(0.0, "share of prompts whose thought starts with an attack", low=0, high=1)
-    temperature: float = knob(1.0, "used to sample and to compute the log-probs that are trained", low=1e-3)
+    temperature: float = knob(0.6, "used to sample and to compute the log-probs that are trained", low=1e-3)
     max_rows: int = knob(512, "rollouts decoded at once: bounds the KV cache, changes no result", low=1)
     # Rewards
     potential: str = knob("text", "Phi: a judge reads the thought, or forced answers", ("text", "probe"))
@@ -144,7 +144,7 @@ class Config:
 
 # Defaults for real checkpoints, from TARS (arXiv 2507.00971, section 3.3).
 CHECKPOINT_DEFAULTS = dict(device="auto", judge="rules", steps=300, prompts_per_step=32, learning_rate=1e-6,
-                           beta=1e-3, temperature=0.6, max_new_tokens=4096, max_rows=256, eval_prompts=50,
+                           beta=1e-3, max_new_tokens=4096, max_rows=256, eval_prompts=50,
                            tokens_per_micro_batch=16384, checkpoint_activations="yes")
 
 
