@@ -195,7 +195,7 @@ def ask(model: Transformer, tokenizer: Tokenizer, judge: Judge, requests: list[P
     for step in sorted({given.steps >> k for k in range(given.steps.bit_length() + 1)}):
         attacks = [path[step] for path in found]
         rollouts = sample(model, tokens, tokenizer, prefill=[attack.text for attack in attacks],
-                          max_new_tokens=c.max_new_tokens, temperature=c.temperature, seed=given.seed,
+                          max_new_tokens=c.max_new_tokens, temperature=c.eval_temperature, seed=given.seed,
                           step=evaluate.EVAL_STEP, max_rows=c.max_rows)
         unsafe = verdicts(judge, requests, rollouts).unsafe.tolist()
         for b, (p, attack) in enumerate(zip(requests, attacks)):

@@ -114,7 +114,7 @@ def attacked(attack: str, model: Transformer, tokenizer: Tokenizer, prompts: lis
     texts = [attack_text(attack, p, c, tokenizer.tags[1]) for p in prompts]
     for number in range(ROUNDS if attack == "reset" else 1):
         rollouts = sample(model, tokens, tokenizer, prefill=texts, in_answer=closed,
-                          max_new_tokens=c.max_new_tokens, temperature=c.temperature, seed=c.seed,
+                          max_new_tokens=c.max_new_tokens, temperature=c.eval_temperature, seed=c.seed,
                           step=EVAL_STEP + number, prompt_ids=ids, max_rows=c.max_rows,
                           thought_tokens=c.thought_tokens)
         if number < ROUNDS - 1 and attack == "reset":  # the model's own tokens stay, another turn follows
@@ -224,7 +224,7 @@ def measure(model: Transformer, tokenizer: Tokenizer, judge: Judge, prompts: lis
     ids, table, responses = list(range(len(prompts)))[rank::world], [], []
     classes = [(p.label if c.prompts else p.kind, p.file) for p in prompts]  # and --eval-file
     local, measured = [prompts[i] for i in ids], judge_of(c)
-    how = dict(judge=measured["judge"], temperature=c.temperature, max_new_tokens=c.max_new_tokens)
+    how = dict(judge=measured["judge"], temperature=c.eval_temperature, max_new_tokens=c.max_new_tokens)
     attacks = ATTACKS if stage in ("before", "after") else ATTACKS[:1]
     for attack in checkpoint.progress_bar(attacks, desc=f"evaluate {stage}", leave=False):
         if checkpoint.stop_requested():

@@ -115,7 +115,7 @@ class Config:
     thought_tokens: int = knob(0, "an open thought is closed by force after so many tokens; 0: never", low=0)
     harmful_share: float = knob(0.0, "share of harmful prompts in training; 0: as they come", low=0, high=1)
     prefill_share: float = knob(0.0, "share of prompts whose thought starts with an attack", low=0, high=1)
-    temperature: float = knob(0.6, "used to sample and to compute the log-probs that are trained", low=1e-3)
+    temperature: float = knob(1.0, "used to sample and to compute the log-probs that are trained", low=1e-3)
     max_rows: int = knob(512, "rollouts decoded at once: bounds the KV cache, changes no result", low=1)
     # Rewards
     potential: str = knob("text", "Phi: a judge reads the thought, or forced answers", ("text", "probe"))
@@ -133,6 +133,7 @@ class Config:
     lora_rank: int = knob(0, "train a LoRA adapter of this rank on all projections; 0: all weights", low=0)
     lora_alpha: int = knob(0, "the adapter is scaled by alpha / rank; 0: alpha is twice the rank", low=0)
     # Run
+    eval_temperature: float = knob(0.6, "used to sample in evaluation", low=1e-3)
     eval_prompts: int = knob(200, "held-out requests of each class, before and after; 0: none", low=0)
     eval_every: int = knob(0, "steps between evaluations without attacks, which choose best/; 0: none", low=0)
     save_every: int = knob(75, "steps between checkpoints; a signal and the end write one too", low=1)
@@ -144,7 +145,7 @@ class Config:
 
 # Defaults for real checkpoints, from TARS (arXiv 2507.00971, section 3.3).
 CHECKPOINT_DEFAULTS = dict(device="auto", judge="rules", steps=300, prompts_per_step=32, learning_rate=1e-6,
-                           beta=1e-3, max_new_tokens=4096, max_rows=256, eval_prompts=50,
+                           beta=1e-3, temperature=0.6, max_new_tokens=4096, max_rows=256, eval_prompts=50,
                            tokens_per_micro_batch=16384, checkpoint_activations="yes")
 
 

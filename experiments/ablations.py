@@ -27,6 +27,7 @@ from lib.data import expect, read_json
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = tuple("--prompts-per-step 2 --group-size 2 --max-new-tokens 12 --steps 2 --eval-prompts 1".split())
 LONG, RARE = ("--chain", "12"), ("--talks", "0.1")
+HOT = ("--eval-temperature", "1")
 
 
 class Experiment(NamedTuple):
@@ -38,21 +39,28 @@ class Experiment(NamedTuple):
 
 
 MAIN = ("sear", "process-once", "process-shared", "probe", "competing-outcome", "outcome")
-SHARES = (0.1, 0.75, 0.9)  # of harmful prompts; the world has 0.45
+SHARES, SWEPT = (0.1, 0.75, 0.9), ("sear", "outcome", "safe-thought")  # of harmful prompts, objectives
 EXPERIMENTS = [
-    *(Experiment(name, ("--objective", name), 10 if name in MAIN else 5) for name in sear.OBJECTIVES),
+    *(Experiment(name, ("--objective", name), 10 if name in ("sear", "process-once", "outcome") else 5)
+      for name in sear.OBJECTIVES),
     Experiment("sear prefill_share=0.25", ("--prefill-share", "0.25"), 5),
-    Experiment("sear updates=2", ("--updates", "2"), 3),
-    Experiment("sear steps=400 learning_rate=0.001 lora_rank=16 lora_alpha=32",
-               ("--lora-rank", "16", "--learning-rate", "1e-3", "--steps", "400"), 3, "lora"),
+    # The same training, evaluated at temperature 1, and what else docs/temperature-1.md shows.
+    *(Experiment(f"{name} hot", ("--objective", name, *HOT), 10 if name in MAIN else 5, "hot")
+      for name in sear.OBJECTIVES),
+    Experiment("sear prefill_share=0.25 hot", ("--prefill-share", "0.25", *HOT), 5, "hot"),
+    Experiment("sear updates=2 hot", ("--updates", "2", *HOT), 3, "hot"),
     *(Experiment(f"{name} steps=25", ("--objective", name, "--steps", "25"), 3, "early")
       for name in ("sear", "competing-outcome")),
-    *(Experiment(f"{name} long", ("--objective", name, "--steps", "300"), 3, "long", LONG)
+    Experiment("sear lora", HOT, 3, "lora"),
+    Experiment("sear steps=400 learning_rate=0.001 lora_rank=16 lora_alpha=32",
+               ("--lora-rank", "16", "--learning-rate", "1e-3", "--steps", "400", *HOT), 3, "lora"),
+    *(Experiment(f"{name} long", ("--objective", name, "--steps", "300", *HOT), 3, "long", LONG)
       for name in MAIN[:3]),
-    *(Experiment(f"{name} rare-talk", ("--objective", name), 3, "rare-talk", RARE)
+    *(Experiment(f"{name} rare-talk", ("--objective", name, *HOT), 3, "rare-talk", RARE)
       for name in ("sear", "outcome")),
-    *(Experiment(f"{name} harmful_share={share}", ("--objective", name, "--harmful-share", str(share)), 3,
-                 "shares") for share in SHARES for name in ("sear", "outcome", "safe-thought"))]
+    *(Experiment(f"{name} shares", ("--objective", name, *HOT), 3, "shares") for name in SWEPT),
+    *(Experiment(f"{name} harmful_share={share}", ("--objective", name, "--harmful-share", str(share), *HOT),
+                 3, "shares") for share in SHARES for name in SWEPT)]
 
 
 def finished(folder: Path) -> bool:
@@ -66,7 +74,6 @@ def finished(folder: Path) -> bool:
 class Run(NamedTuple):
     folder: Path
     flags: tuple[str, ...]
-    plain: Path | None = None  # the run of its objective and seed alone, if it has the same start model
 
     @property
     def share(self) -> float:
@@ -87,11 +94,10 @@ def plan(experiments: list[Experiment], out: Path,
         for name, flags, seeds, table, begin in experiments:
             if seed <= seeds:
                 own, folder = ("--seed", str(seed), *begin), out / f"{re.sub('[ =]', '-', name)}-seed{seed}"
-                plain = None if begin else out / f"{name.split()[0]}-seed{seed}"
                 start = out / f"start{''.join(begin).replace('--', '-')}-seed{seed}"
                 starts[start] = Run(start, (*own, *more, "--steps", "0", "--eval-prompts", "0"))
                 flags = (*own, *flags, *more, "--model", str(start / "start"))
-                tables[table].append(Run(folder, flags, plain))
+                tables[table].append(Run(folder, flags))
     return list(starts.values()), tables
 
 
@@ -131,14 +137,6 @@ def work_through(runs: list[Run], jobs: int, name: str) -> list[Run]:
     if STOP:
         raise Stopped
     return [run for run in runs if not finished(run.folder)]
-
-
-def compared(runs: list[Run]) -> list[Path]:
-    """Folders of the runs, and before them of the plain ones: columns are named by what differs from the
-    first."""
-    folders = [run.folder for run in runs]
-    plain = dict.fromkeys(run.plain for run in runs if run.plain and run.plain not in folders)
-    return [*filter(finished, plain), *folders]
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -186,7 +184,7 @@ def main(arguments: list[str]) -> int:
     codes = [1] * bool(missing)
     tables.pop("early", None)  # measure.py reads these
     for table, runs in tables.items():
-        if folders := compared([run for run in runs if finished(run.folder)]):
+        if folders := [run.folder for run in runs if finished(run.folder)]:
             print(f"\n{table or 'default world'}")
             results = (given.results or given.out / "results") / table
             codes.append(evaluate.main([*map(str, folders), "--out", str(results)]))

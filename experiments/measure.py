@@ -1,4 +1,4 @@
-"""Measured on the runs of ablations.py: attackers that search, frozen opponents, gradient noise.
+"""Measured on the runs of ablations.py at temperature 1: searching attackers, opponents, gradient noise.
 
     python -m experiments.measure attacks      beam search over thoughts, GCG results/attacks.jsonl
     python -m experiments.measure opponents    one run thinks, one answers    results/opponents.jsonl
@@ -71,7 +71,7 @@ def ask(run: Path, prefill: list[str] | None = None):
     prompts = [encode_prompt(tokenizer, p.prompt) for p in requests]
     # An answer has other random numbers than the thought before it.
     return requests, sample(model, prompts, tokenizer, prefill=prefill, max_new_tokens=c.max_new_tokens,
-                            seed=c.seed, step=MEASURE + (prefill is not None))
+                            temperature=c.eval_temperature, seed=c.seed, step=MEASURE + (prefill is not None))
 
 
 @lru_cache(maxsize=None)
@@ -162,7 +162,7 @@ def advantages(run: Path) -> list[dict]:
 
 def measurements(what: str, runs: Path) -> dict[tuple, Callable[[], list[dict]]]:
     """{key: the measurement that gives this key's rows}. Raises InputError without a finished run."""
-    folders = {(name, seed): runs / f"{name}-seed{seed}" for name in MAIN for seed in range(1, 11)}
+    folders = {(name, seed): runs / f"{name}-hot-seed{seed}" for name in MAIN for seed in range(1, 11)}
     done = {key: run for key, run in folders.items() if (run / "model").exists()}
     expect(done, runs, "a folder of finished runs of ./train.sh ablations", "none in it")
     if what == "attacks":

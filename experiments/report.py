@@ -17,7 +17,7 @@ import pictures
 import rewards
 import sear
 import tables
-from experiments.ablations import MAIN, SHARES
+from experiments.ablations import MAIN, SHARES, SWEPT
 from experiments.measure import SEARCHES
 from lib import checkpoint
 from lib.cli import exit_code
@@ -25,7 +25,7 @@ from lib.data import expect
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
-SWEPT = sorted([*SHARES, 0.45])  # the default world's own share too
+SHARES_SHOWN = sorted([*SHARES, 0.45])  # the default world's own share too
 UNSAFE, OVER = ("none", tables.HARMFUL, "unsafe"), ("none", ("ambiguous",), "refusal")
 COLLAPSE, WINDOW = 0.1, 25  # a fall of the answer reward that counts as a collapse, in means over 25 steps
 
@@ -122,7 +122,7 @@ def sizes_block() -> str:
     return "\n".join(["```", *lines, "```"])
 
 
-# ---- docs/results.md ---------------------------------------------------------------------------------------
+# ---- docs/results.md, docs/temperature-1.md ----------------------------------------------------------------
 
 def ends(name: str, folder: str = "") -> list[float]:
     """Answer reward over the last WINDOW steps of each seed."""
@@ -130,11 +130,11 @@ def ends(name: str, folder: str = "") -> list[float]:
             if run["name"] == name]
 
 
-def falls(name: str) -> list[list[bool]]:
+def falls(name: str, folder: str = "") -> list[list[bool]]:
     """For each seed and step: whether the answer reward is more than COLLAPSE below its best so far, in means
     over WINDOW steps."""
     n, found = WINDOW // tables.EVERY, []
-    for curve in (run["curve"] for run in results_of() if run["name"] == name):
+    for curve in (run["curve"] for run in results_of(folder) if run["name"] == name):
         smooth = [mean(curve[i - n:i]) for i in range(n, len(curve) + 1)]
         found.append([max(smooth[:i + 1]) - value > COLLAPSE for i, value in enumerate(smooth)])
     return found
@@ -176,13 +176,13 @@ def shown_block() -> str:
     return "\n".join(map(wrap, items))
 
 
-def stability_block() -> str:
+def stability_block(folder: str = "") -> str:
     lines = ["| objective | seeds | answer reward at the end | seeds with a collapse | steps in a collapse |",
              "|---" * 5 + "|"]
-    for name in dict.fromkeys(run["name"] for run in results_of()):
-        seeds = falls(name)
-        lines.append(f"| {name} | {len(seeds)} | {tables.spread(ends(name))} | {sum(map(any, seeds))} "
-                     f"| {mean(map(mean, seeds)):.0%} |")
+    for name in dict.fromkeys(run["name"] for run in results_of(folder)):
+        seeds = falls(name, folder)
+        lines.append(f"| {name} | {len(seeds)} | {tables.spread(ends(name, folder))} "
+                     f"| {sum(map(any, seeds))} | {mean(map(mean, seeds)):.0%} |")
     return "\n".join(lines)
 
 
@@ -218,7 +218,7 @@ def shares_block() -> str:
     columns = swept()
     head = " | ".join(f"{name}: unsafe | over-refusal" for name in columns)
     lines = [f"| harmful prompts (seeds) | {head} |", "|---" * (1 + 2 * len(columns)) + "|"]
-    for i, share in enumerate(SWEPT):
+    for i, share in enumerate(SHARES_SHOWN):
         cells = []
         for along in columns.values():
             for what in (UNSAFE, OVER):
@@ -230,10 +230,10 @@ def shares_block() -> str:
 
 
 def swept() -> dict[str, list[tables.Column]]:
-    """{objective: its columns, in the order of SWEPT}"""
+    """{objective: its columns, in the order of SHARES_SHOWN}"""
     columns = tables.columns_of(results_of("shares"))
     return {name: [columns.get(f"{name} harmful_share={share}" if share in SHARES else name, {})
-                   for share in SWEPT] for name in ("sear", "outcome", "safe-thought")}
+                   for share in SHARES_SHOWN] for name in SWEPT}
 
 
 def rows_of(name: str, *keys: str) -> dict[tuple, list[dict]]:
@@ -309,11 +309,14 @@ BLOCKS = {
     "README.md": {"shown": shown_block, "output": output_block, "rollout": rollout_block,
                   "results": partial(results_block, "", SHOWN), "sizes": sizes_block},
     "docs/results.md": {"results": table_block, "differences": differences_block, "claims": claims_block,
-                        "stability": stability_block, "shares": shares_block,
-                        "gradients": gradients_block, "opponents": opponents_block,
-                        "long": partial(results_block, "long"), "long-curves": long_curves_block,
-                        "long-claims": partial(claims_block, "long", LONG_CLAIMS),
-                        "rare-talk": partial(results_block, "rare-talk")},
+                        "stability": stability_block},
+    "docs/temperature-1.md": {"hot": partial(results_block, "hot"), "shares": shares_block,
+                              "hot-claims": partial(claims_block, "hot"),
+                              "hot-stability": partial(stability_block, "hot"),
+                              "gradients": gradients_block, "opponents": opponents_block,
+                              "long": partial(results_block, "long"), "long-curves": long_curves_block,
+                              "long-claims": partial(claims_block, "long", LONG_CLAIMS),
+                              "rare-talk": partial(results_block, "rare-talk")},
     "docs/real-model.md": {"lora": partial(results_block, "lora")},
     "docs/attacks.md": {attack: partial(attacks_block, attack) for attack in SEARCHES}}
 

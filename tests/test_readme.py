@@ -206,7 +206,8 @@ def test_results_hold_every_objective():
 def test_figures_in_the_text(world):
     d, c = sear.CHECKPOINT_DEFAULTS, sear.Config()
     assert (d["learning_rate"], d["beta"], d["temperature"], d["max_new_tokens"]) == (1e-6, 0.001, 0.6, 4096)
-    assert (c.steps, c.gamma, c.seed, rewards.SAFE_ENOUGH, rewards.MALFORMED) == (200, 1, 1, 0.9, -1)
+    assert (c.steps, c.temperature, c.eval_temperature, c.gamma, c.seed) == (200, 1, 0.6, 1, 1)
+    assert (rewards.SAFE_ENOUGH, rewards.MALFORMED) == (0.9, -1)
     assert (len(alchemy.REAGENTS), len(alchemy.HAZARDS), c.chain) == (20, 4, 5)
     assert alchemy.TALK_WEIGHT == 0.15
     assert round(sum(p.numel() for p in world[2].parameters()), -4) == 280_000
