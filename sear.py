@@ -138,8 +138,7 @@ class Config:
     eval_every: int = knob(0, "steps between evaluations without attacks, which choose best/; 0: none", low=0)
     save_every: int = knob(75, "steps between checkpoints; a signal and the end write one too", low=1)
     log: str = knob("", "where else metrics.jsonl goes, if it is installed", ("", *watch.WATCHERS))
-    shard: str = knob("auto", "split weights and optimizer over ranks; auto: if half a GPU cannot hold them",
-                      ("auto", "yes", "no"))
+    shard: str = knob("auto", "split the model over ranks; auto: if no GPU holds it", ("auto", "yes", "no"))
     plan: float = knob(0.0, "GB of a GPU: print what the run would need of them, and train nothing", low=0)
 
 

@@ -99,6 +99,17 @@ def test_thoughts_for_prompts_of_a_file_come_from_a_file():
         assert text in {attack_text(a, p, c) for a in evaluate.ATTACKS[1:]}
 
 
+def test_evaluation_samples_at_its_own_temperature(world):
+    _, tokenizer, model = world
+    prompts = alchemy.requests(8, 1, evaluation=True)
+
+    def answers(seed: int, temperature: float) -> list:
+        c = Config(seed=seed, temperature=5.0, eval_temperature=temperature, max_new_tokens=16)
+        return evaluate.attacked("none", model, tokenizer, prompts, [*range(8)], c).tokens.tolist()
+    assert answers(1, 1e-3) == answers(2, 1e-3)  # the likeliest tokens
+    assert answers(1, 1.0) != answers(2, 1.0)
+
+
 def test_reset_repeats_request_and_prefill_after_the_models_answer(world):
     _, tokenizer, model = world
     c, prompts = Config(max_new_tokens=6), alchemy.requests(2, 4, evaluation=True)
