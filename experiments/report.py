@@ -31,7 +31,9 @@ COLLAPSE, WINDOW = 0.1, 25  # a fall of the answer reward that counts as a colla
 
 
 def results_of(folder: str = "") -> list[dict]:
-    return tables.read_results(RESULTS / folder)
+    runs = tables.read_results(RESULTS / folder)
+    expect(runs, RESULTS / folder / "rows.jsonl", "rows of ./train.sh ablations", "none")
+    return runs
 
 
 # ---- README ------------------------------------------------------------------------------------------------
@@ -241,6 +243,7 @@ def rows_of(name: str, *keys: str) -> dict[tuple, list[dict]]:
     found: dict[tuple, list[dict]] = {}
     for row in checkpoint.rows(RESULTS / f"{name}.jsonl"):
         found.setdefault(tuple(row[key] for key in keys), []).append(row)
+    expect(found, RESULTS / f"{name}.jsonl", "rows of experiments.measure", "none")
     return found
 
 
@@ -297,19 +300,12 @@ def long_curves_block() -> str:
     return "\n".join(lines)
 
 
-def table_block() -> str:
-    return tables.table(tables.columns_of(results_of()))
-
-
-def differences_block() -> str:
-    return tables.differences(tables.columns_of(results_of()))
-
-
 BLOCKS = {
     "README.md": {"shown": shown_block, "output": output_block, "rollout": rollout_block,
                   "results": partial(results_block, "", SHOWN), "sizes": sizes_block},
-    "docs/results.md": {"results": table_block, "differences": differences_block, "claims": claims_block,
-                        "stability": stability_block},
+    "docs/results.md": {"results": lambda: tables.table(tables.columns_of(results_of())),
+                        "differences": lambda: tables.differences(tables.columns_of(results_of())),
+                        "claims": claims_block, "stability": stability_block},
     "docs/temperature-1.md": {"hot": partial(results_block, "hot"), "shares": shares_block,
                               "hot-claims": partial(claims_block, "hot"),
                               "hot-stability": partial(stability_block, "hot"),
