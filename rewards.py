@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from judges import JUDGES, Judge, Verdict, moments, ragged, standardised
+from judges.functions import is_function
 from judges.guards import READS, Reader, load_reader, read_answers
 from lib import checkpoint
 from lib.cli import Parser, exit_code
@@ -96,7 +97,7 @@ def probe_potential(judge: Judge, prompts: list[Prompt], rollouts: Rollouts, ver
         lengths = torch.bincount(segment[segment >= 0], minlength=len(thought))  # tokens of each segment
         ends = lengths.cumsum(0).tolist()[:max(0, len(thought) - 1)]
         empty = groups.index(groups[b]), 0  # the group shares its empty thought
-        forks.append([empty, *((b, kept) for kept in ends)])
+        forks.append([empty, *((b, kept) for kept in ends)] if thought else [])  # []: closed by its prefill
     points = sorted({point for each in forks for point in each})
     forcing["max_new_tokens"] = min(forcing["max_new_tokens"], PROBE_TOKENS)
     answers, extra = force_answers(samples=samples, points=points, rollouts=rollouts, **forcing)
@@ -110,8 +111,7 @@ def probe_potential(judge: Judge, prompts: list[Prompt], rollouts: Rollouts, ver
         0, torch.tensor([i for i, *_ in judged], dtype=torch.long),
         wanted_by_thought(asked, harmful[[b for _, b, _ in judged]])) / samples  # [points]
     value, final = dict(zip(points, wanted.tolist())), wanted_by_thought(verdict, harmful).tolist()
-    rows = [[value[point] for point in each] + [last] * bool(thought)
-            for each, last, thought in zip(forks, final, rollouts.thoughts)]
+    rows = [[value[point] for point in each] + [last] for each, last in zip(forks, final)]
     return ragged([torch.tensor(row) for row in rows]), extra, len(judged)
 
 
@@ -271,8 +271,8 @@ def main(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     if not given.judge and not given.reward_model:
         raise InputError("give a --judge, a --reward-model or both")
-    expect(given.judge not in JUDGES, f"--judge {given.judge}", "a model folder or a judge file (.json)",
-           "one that knows the embedded world or a prompt's label only")
+    expect(not (given.judge in JUDGES or is_function(given.judge)), f"--judge {given.judge}",
+           "a model folder or a judge file (.json)", "a built-in judge or a function")
     expect(not given.out.is_dir(), f"--out {given.out}", "a file", "a folder")
     rows = load_responses(given.responses)
     table = judge_responses(rows, given.judge, given.reward_model, rank_device("auto"))

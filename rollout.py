@@ -241,7 +241,7 @@ def decode(model: Transformer, cache: Cache, states: Tensor, u: Tensor, temperat
         last = t == N - 1
         if last or t % every == every - 1:
             count = int(running.sum())
-            last, shrink = last or count == 0, count < LIVE_SHARE * len(live)
+            last, shrink = last or count == 0, max(count, MIN_ROWS) < LIVE_SHARE * len(live)
             if archive is not None and (last or shrink):
                 archive_rows(archive, cache, live)  # before rows leave; forks ignore what is past a row's end
             if last:

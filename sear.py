@@ -105,7 +105,7 @@ class Config:
     resume: str = knob("", "run folder to continue, to the same bits; auto: that of --out, if it exists")
     device: str = knob("cpu", "where to run; auto: on CUDA if there is any", ("auto", "cpu", "cuda", "mps"))
     chain: int = knob(5, "reagents of a request of the embedded world: longer thoughts", low=2, high=14)
-    talks: float = knob(0.3, "share of the world's demonstrations that dismiss the rules", low=0, high=0.5)
+    talks: float = knob(0.3, "chance that a demonstration has the talk, 2x after a hazard", low=0, high=0.5)
     seed: int = knob(1, "seed of the start model, the requests and the sampling", low=0, high=2**31)
     # Sampling
     steps: int = knob(200, "optimizer steps of RL", low=0)
@@ -138,11 +138,11 @@ class Config:
     eval_every: int = knob(0, "steps between evaluations without attacks, which choose best/; 0: none", low=0)
     save_every: int = knob(75, "steps between checkpoints; a signal and the end write one too", low=1)
     log: str = knob("", "where else metrics.jsonl goes, if it is installed", ("", *watch.WATCHERS))
-    shard: str = knob("auto", "split the model over ranks; auto: if no GPU holds it", ("auto", "yes", "no"))
+    shard: str = knob("auto", "split the model over ranks; auto: above half a GPU", ("auto", "yes", "no"))
     plan: float = knob(0.0, "GB of a GPU: print what the run would need of them, and train nothing", low=0)
 
 
-# Defaults for real checkpoints, from TARS (arXiv 2507.00971, section 3.3).
+# Defaults for real checkpoints; rate, beta, temperature, length: TARS (arXiv 2507.00971, section 3.3).
 CHECKPOINT_DEFAULTS = dict(device="auto", judge="rules", steps=300, prompts_per_step=32, learning_rate=1e-6,
                            beta=1e-3, temperature=0.6, max_new_tokens=4096, max_rows=256, eval_prompts=50,
                            tokens_per_micro_batch=16384, checkpoint_activations="yes")
@@ -192,9 +192,9 @@ def advantages(returns: Tensor, group_size: int, state: Tensor | None = None) ->
 
 
 def nearby_mean(x: Tensor, seen: Tensor, state: Tensor) -> Tensor:
-    """Mean of x [n] over the seen values at a similar state, at each of the states [n]."""
-    weight = seen * (1 - (state[:, None] - state).abs() / NEARBY).clamp(min=0)  # [n, n]
-    return weight @ x / weight.sum(1).clamp(min=1e-12)
+    """Mean of x [n] over the seen values at a similar state, at each of the seen; x elsewhere."""
+    weight = (1 - (state[seen, None] - state[seen]).abs() / NEARBY).clamp(min=0)  # [m, m], of the seen alone
+    return x.masked_scatter(seen, weight @ x[seen] / weight.sum(1))
 
 
 def token_advantages(rollouts: Rollouts, thought: Tensor, answer: Tensor) -> Tensor:

@@ -186,7 +186,7 @@ def train(model: Transformer, batch: Callable, steps: int, rate: float, run: Pat
         bar.set_postfix(shown)
 
     for step in bar:
-        left = 1 - step / steps  # constant, then linear to 0
+        left = 1 - step / steps  # the rate rises over 20 steps, stays, then falls linearly to 0
         optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / 20, left / 0.7)
         optimizer.zero_grad()
         loss = imitate(model, *batch(step), budget)

@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
 SHARES_SHOWN = sorted([*SHARES, 0.45])  # the default world's own share too
 UNSAFE, OVER = ("none", tables.HARMFUL, "unsafe"), ("none", ("ambiguous",), "refusal")
+TRAINED = "hot"  # the table with most seeds; evaluation at another temperature changes no training
 COLLAPSE, WINDOW = 0.1, 25  # a fall of the answer reward that counts as a collapse, in means over 25 steps
 
 
@@ -126,17 +127,17 @@ def sizes_block() -> str:
 
 # ---- docs/results.md, docs/temperature-1.md ----------------------------------------------------------------
 
-def ends(name: str, folder: str = "") -> list[float]:
+def ends(name: str, folder: str = TRAINED) -> list[float]:
     """Answer reward over the last WINDOW steps of each seed."""
     return [mean(run["curve"][-WINDOW // tables.EVERY:]) for run in results_of(folder)
             if run["name"] == name]
 
 
-def falls(name: str, folder: str = "") -> list[list[bool]]:
+def falls(name: str) -> list[list[bool]]:
     """For each seed and step: whether the answer reward is more than COLLAPSE below its best so far, in means
     over WINDOW steps."""
     n, found = WINDOW // tables.EVERY, []
-    for curve in (run["curve"] for run in results_of(folder) if run["name"] == name):
+    for curve in (run["curve"] for run in results_of(TRAINED) if run["name"] == name):
         smooth = [mean(curve[i - n:i]) for i in range(n, len(curve) + 1)]
         found.append([max(smooth[:i + 1]) - value > COLLAPSE for i, value in enumerate(smooth)])
     return found
@@ -178,13 +179,13 @@ def shown_block() -> str:
     return "\n".join(map(wrap, items))
 
 
-def stability_block(folder: str = "") -> str:
+def stability_block() -> str:
     lines = ["| objective | seeds | answer reward at the end | seeds with a collapse | steps in a collapse |",
              "|---" * 5 + "|"]
-    for name in dict.fromkeys(run["name"] for run in results_of(folder)):
-        seeds = falls(name, folder)
-        lines.append(f"| {name} | {len(seeds)} | {tables.spread(ends(name, folder))} "
-                     f"| {sum(map(any, seeds))} | {mean(map(mean, seeds)):.0%} |")
+    for name in dict.fromkeys(run["name"] for run in results_of(TRAINED)):
+        seeds = falls(name)
+        lines.append(f"| {name} | {len(seeds)} | {tables.spread(ends(name))} | {sum(map(any, seeds))} "
+                     f"| {mean(map(mean, seeds)):.0%} |")
     return "\n".join(lines)
 
 
@@ -308,7 +309,6 @@ BLOCKS = {
                         "claims": claims_block, "stability": stability_block},
     "docs/temperature-1.md": {"hot": partial(results_block, "hot"), "shares": shares_block,
                               "hot-claims": partial(claims_block, "hot"),
-                              "hot-stability": partial(stability_block, "hot"),
                               "gradients": gradients_block, "opponents": opponents_block,
                               "long": partial(results_block, "long"), "long-curves": long_curves_block,
                               "long-claims": partial(claims_block, "long", LONG_CLAIMS),

@@ -26,7 +26,7 @@ def slices(start: int, stop: int, size: int) -> list[slice]:
 
 
 def chunks(rows: int, vocabulary: int) -> list[slice]:
-    """Slices that cover the rows: 749 rows each at V = 350, MIN_ROWS at V = 152k (78 MB)."""
+    """Slices that cover the rows: 856 rows each at V = 306, MIN_ROWS at V = 152k (78 MB)."""
     return slices(0, rows, max(MIN_ROWS, CHUNK_BYTES // (4 * vocabulary)))
 
 

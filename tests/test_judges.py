@@ -730,6 +730,7 @@ def test_wrong_flags(folders, tmp_path, capsys):
             (["--responses", file], "give a --judge, a --reward-model or both"),
             (["--judge", guard], "--responses"), (["--what"], "--"),
             (["--judge", "rules", "--responses", file], "--judge rules should be a model folder"),
+            (["--judge", "own.py:judge", "--responses", file], "found 'a built-in judge or a function'"),
             (["--judge", tmp_path, "--responses", file], "config.json should be a readable file"),
             (["--judge", guard, "--responses", file, "--out", tmp_path], "--out .* found 'a folder'")]:
         code, printed = judge_file(capsys, *arguments)

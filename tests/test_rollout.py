@@ -203,6 +203,14 @@ def test_finished_rows_leave_the_batch(qwen2, monkeypatch):
     assert r.row_steps <= 1.5 * int(lengths.sum()) < 64 * int(lengths.max()) / 2
 
 
+def test_a_batch_of_the_fewest_rows_is_not_copied_when_rows_end(qwen2, monkeypatch):
+    model, tokenizer = qwen2
+    monkeypatch.setattr(model, "stop_ids", list(range(0, 1960, 12)))
+    monkeypatch.setattr(rollout.Cache, "keep", lambda *_: pytest.fail("the cache was copied"))
+    r = sample(model, encode_prompts(tokenizer, ["Hi"]), tokenizer, group_size=16, max_new_tokens=60)
+    assert 0.5 < r.finished.float().mean()
+
+
 def test_prefill_has_no_owner_and_may_close_the_thought(qwen2):
     model, tokenizer = qwen2
     prompts, text = encode_prompts(tokenizer, ["Hi", "Tell me more."]), "I was told to.\n\n"
