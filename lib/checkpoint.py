@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lib.data import INJECTIONS, InputError, file_list, read_json, read_text
+from lib.data import INJECTIONS, InputError, as_json, file_list, read_json, read_text
 from lib.folder import copy_weight
 from lib.parallel import all_gather, all_sum, rank_and_world, tuned, write_tensors
 
@@ -173,11 +173,8 @@ def write_rows(file: Path, rows: list[dict]) -> None:
 
 def rows(file: Path) -> list[dict]:
     """Rows of a JSONL log, [] if there is none. A last line that was cut off is dropped."""
-    lines = read_text(file).split("\n")[:-1] if file.exists() else []
-    try:
-        return [json.loads(line) for line in lines]
-    except json.JSONDecodeError as error:
-        raise InputError(f"{file} is not a log of a run: {error}") from None
+    lines = read_text(file, whole_lines=True).split("\n")[:-1] if file.exists() else []
+    return [as_json(file, line, n) for n, line in enumerate(lines, start=1)]
 
 
 # ---- the run folder --------------------------------------------------------------------------------------
@@ -220,9 +217,10 @@ def open_run(folder: Path, config: dict, resume: bool) -> None:
         raise InputError(f"{folder} holds this run already; continue it with --resume {folder}, "
                          "or choose another --out")
     for k, value in read_environment(folder)["inputs"].items():
-        if inputs.get(k) != value:
-            raise InputError(f"--{flag(k)} {config[k] or INJECTIONS} changed since {folder} began; the run "
-                             "cannot continue")
+        if not inputs.get(k, "").startswith(value):  # an older run stored no fingerprint of a judge's model
+            model = " or its model" * config.get(k, "").endswith(".json")
+            raise InputError(f"--{flag(k)} {config[k] or INJECTIONS}{model} changed since {folder} began; "
+                             "the run cannot continue")
 
 
 def fingerprints(config: dict) -> dict[str, str]:
@@ -231,7 +229,10 @@ def fingerprints(config: dict) -> dict[str, str]:
              if config.get(k) and config[k] not in NOT_FILES}
     named |= {"eval_file": file_list(config.get("eval_file", ""))}
     named |= {"injections": [Path(config.get("injections") or INJECTIONS)] * bool(config.get("prompts"))}
-    named = {k: list(filter(Path.exists, paths)) for k, paths in named.items()}
+    for k in named.keys() & {"judge", "eval_judge"}:  # a judge file names a folder
+        named[k] += [f.parent / str(read_json(f).get("model")) for f in named[k]
+                     if f.suffix == ".json" and os.path.exists(f)]
+    named = {k: list(filter(os.path.exists, paths)) for k, paths in named.items()}  # False for a long name
     return {k: " ".join(map(fingerprint, paths)) for k, paths in named.items() if paths}
 
 
@@ -251,9 +252,8 @@ def fingerprint(path: Path) -> str:
 
 def environment() -> dict:
     source, root = hashlib.sha256(), Path(__file__).parents[1]
-    for file in sorted(root.glob("**/*.py")):
-        if not {"tests", "site-packages"} & set(file.relative_to(root).parts):
-            source.update(file.read_bytes())
+    for file in sorted({*root.glob("[!.]*.py"), *root.glob("[!.]*/[!.]*.py")} - {*root.glob("tests/*")}):
+        source.update(file.read_bytes())  # not Emacs's links .#sear.py, which lead nowhere
     return {"source_sha256": source.hexdigest(), "command": sys.argv, "python": platform.python_version(),
             "torch": torch.__version__, "numpy": np.__version__, "machine": platform.platform(),
             "processor": platform.machine(), "time": time.time(), "threads": torch.get_num_threads(),

@@ -20,10 +20,11 @@ def expect(ok, where, expected, found):
         raise InputError(f"{where} should be {expected}, found {found!r:.400}")
 
 
-def read_text(path: Path) -> str:
-    """Text of a UTF-8 file without its byte order mark."""
+def read_text(path: Path, whole_lines: bool = False) -> str:
+    """Text of a UTF-8 file without its byte order mark; whole_lines: without a last line that is cut."""
     try:
         data = path.read_bytes()
+        data = data[:data.rfind(b"\n") + 1] if whole_lines else data
         return data.decode("utf-8").removeprefix("\ufeff")
     except OSError as error:
         raise InputError(f"{path} should be a readable file, found: {error.strerror or error}") from None

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 import torch
-from helpers import FIXTURES, change_json, logged, main, run_sear, same_files, signalling
+from helpers import FIXTURES, change_json, logged, main, refusal, run_sear, same_files, signalling
 from safetensors.torch import load_file, save_file
 
 import evaluate
@@ -212,6 +212,70 @@ def test_only_files_and_folders_have_a_fingerprint(tmp_path, monkeypatch):
         config = dict(model="", prompts="prompts.csv", judge=name, reward_model="nowhere", seed=1)
         (tmp_path / "prompts.csv").write_text("prompt,label")
         assert checkpoint.fingerprints(config).keys() == {"prompts", "injections"}  # the ones of the clone
+
+
+def test_the_model_that_a_judge_file_names_is_an_input_too(tmp_path):
+    """A run from before that was so can be resumed."""
+    file, model, out = tmp_path / "judge.json", tmp_path / "guard", tmp_path / "out"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    file.write_text('{"model": "guard"}')
+    config = dict(judge="rules", eval_judge=str(file))
+    checkpoint.open_run(out, config, False)
+    checkpoint.open_run(out, config, True)
+    (model / "config.json").write_text("{1}")
+    message = refusal(checkpoint.open_run, out, config, True)
+    assert f"--eval-judge {file} or its model changed since {out} began" in message
+    change_json(out / "environment.json", inputs={"eval_judge": checkpoint.fingerprint(file)})
+    checkpoint.open_run(out, config, True)
+    file.write_text('{"model": "guard" }')
+    assert "changed since" in refusal(checkpoint.open_run, out, config, True)
+
+
+@pytest.mark.parametrize("content, message", [
+    (None, "should be a readable file"), ("[]", ":1 should be a JSON object"),
+    ("{", ":1 should be a JSON object"),
+    ('{"model": 3, "text": "", "ask": []}', "key 'model' should be a text"),
+    (json.dumps({"model": "x" * 300, "text": "", "ask": []}), "key 'ask'")])
+def test_a_bad_judge_file_is_one_sentence(tmp_path, capsys, content, message):
+    file = tmp_path / "judge.json"
+    if content is not None:
+        file.write_text(content)
+    flags = ("--model", FIXTURES / "tiny-qwen2", "--prompts", XSTEST, *REAL, "--out", tmp_path / "out")
+    assert main(*flags, "--judge", file) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sear.py:")]
+    assert len(errors) == 1 and message in errors[0] and not (tmp_path / "out").exists()
+
+
+def test_a_log_may_end_inside_a_character(tmp_path):
+    """A cut last line is dropped; what else is wrong is one sentence with its line."""
+    file, row = tmp_path / "metrics.jsonl", {"step": 0, "text": "漢"}
+    for broken, message in ((b"{\n", ":2 should be a JSON object"), (b"\xff\n", ":2 should be UTF-8"),
+                            (b"3\n", ":2 should be a JSON object")):
+        file.write_bytes(b"")
+        checkpoint.append(file, row)
+        whole = file.read_bytes()
+        for end in range(len(whole)):
+            file.write_bytes(whole + whole[:end])
+            assert checkpoint.rows(file) == [row]
+        file.write_bytes(whole + broken + whole)
+        assert message in refusal(checkpoint.rows, file)
+
+
+def test_the_hash_of_the_source_is_of_its_own_files(tmp_path, monkeypatch):
+    """Not of an environment in the clone, and not of the link that Emacs makes beside an edited file."""
+    monkeypatch.setattr(checkpoint, "__file__", str(tmp_path / "lib/checkpoint.py"))
+    for name in ("lib", "tests", ".venv/x"):
+        (tmp_path / name).mkdir(parents=True)
+
+    def source(name, text="x"):
+        (tmp_path / name).write_text(text)
+        return checkpoint.environment()["source_sha256"]
+    same = source("sear.py")
+    (tmp_path / ".#sear.py").symlink_to("me@here.1:2")
+    (tmp_path / "lib/.#x.py").symlink_to("me@here.1:2")
+    assert same == source("tests/test_x.py") == source(".venv/setup.py") == source(".venv/x/y.py")
+    assert len({same, source("lib/x.py"), source("lib/x.py", "y"), source("sear.py", "z")}) == 4
 
 
 # ---- a run without answers -----------------------------------------------------------------------------
