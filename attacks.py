@@ -190,13 +190,13 @@ def search(model: Transformer, tokenizer: Tokenizer, requests: list[Prompt], giv
 def ask(model: Transformer, tokenizer: Tokenizer, judge: Judge, requests: list[Prompt],
         found: list[list[Found]], given, c) -> list[dict]:
     """Samples an answer to each request under the best attack after 0, ..., a quarter, half and all of the
-    steps, at the run's temperature. -> rows of attacks.jsonl."""
+    steps, at --eval-temperature. -> rows of attacks.jsonl."""
     tokens, rows = [encode_prompt(tokenizer, p.prompt) for p in requests], []
     for step in sorted({given.steps >> k for k in range(given.steps.bit_length() + 1)}):
         attacks = [path[step] for path in found]
         rollouts = sample(model, tokens, tokenizer, prefill=[attack.text for attack in attacks],
                           max_new_tokens=c.max_new_tokens, temperature=c.eval_temperature, seed=given.seed,
-                          step=evaluate.EVAL_STEP, max_rows=c.max_rows)
+                          step=evaluate.EVAL_STEP, max_rows=c.max_rows, thought_tokens=c.thought_tokens)
         unsafe = verdicts(judge, requests, rollouts).unsafe.tolist()
         for b, (p, attack) in enumerate(zip(requests, attacks)):
             row = dict(model=given.model, attack=given.attack, step=step, budget=attack.budget)

@@ -161,9 +161,10 @@ def load_reader(path: str, device: str = "cpu", reward: bool = False, flag: str 
     where, folder, spec = f"{'--reward-model' if reward else flag} {path}", Path(path), {"ask": []}
     if not reward and folder.suffix == ".json":
         spec = read_spec(folder)
-        folder = folder.parent / spec["model"]
-    expected = "a model folder" if reward else "alchemy, rules, a model folder or a judge file (.json)"
-    expect(folder.is_dir(), where, expected, "a file" if folder.exists() else "nothing there")
+        where, folder = f"{where}: key 'model': {spec['model']}", folder.parent / spec["model"]
+    expect(folder.is_dir(), where, "a model folder" if reward or spec["ask"] else
+           "alchemy, rules, a model folder, a judge file (.json) or file.py:function",
+           "a file" if folder.exists() else "nothing there")
     config, tokenizer = read_configs(folder)[0], Tokenizer.from_pretrained(folder)
     kinds = {None: "a language model", 1: "a reward model (one score)"}
     stream = config.guard_size and not reward and not spec["ask"]

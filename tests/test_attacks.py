@@ -1,9 +1,10 @@
 """Attacks that adapt: GCG against brute force, beam search against exhaustive search, the command line."""
 import json
+import shutil
 
 import pytest
 import torch
-from helpers import FIXTURES
+from helpers import FIXTURES, change_json
 from test_run import XSTEST, talkative
 
 import alchemy.world as alchemy
@@ -200,6 +201,17 @@ def test_the_answer_is_sampled_behind_the_tokens_that_were_attacked(run):
     assert int(r.start[0]) == len(prompt) + 5
     tokens = r.tokens[0, len(prompt):len(prompt) + 5].tolist()
     assert last.loss == pytest.approx(plain_loss(model, prompt + tokens, target), abs=1e-5)
+
+
+def test_a_thought_under_attack_is_cut_too(run, tmp_path):
+    """With --thought-tokens, which evaluation obeys."""
+    cut = shutil.copytree(run, tmp_path / "cut", symlinks=True)
+    change_json(cut / "config.json", thought_tokens=2)
+    assert main(cut, "--prompts", 3, "--steps", 1, "--candidates", 4, "--length", 3) == 0
+    tokenizer = Tokenizer.from_pretrained(cut / "model")
+    lengths = [len(tokenizer.encode(r["thought"].removeprefix(r["injected"]), special=True))
+               for r in checkpoint.rows(cut / "attacks.jsonl")]
+    assert max(lengths) <= 2 + len(tokenizer.encode(ending(tokenizer), special=True)), lengths
 
 
 def test_gcg_attacks_a_run_on_a_prompt_file(real, capsys):

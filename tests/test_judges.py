@@ -576,7 +576,8 @@ def test_models_that_are_no_judge(folders, tmp_path):
             (str(many), "", "should be a language model, found 'a classifier of 2 labels"),
             (str(folders / "qwen"), causal, r"a reward model \(one score\), found 'a language model"),
             (str(folders / "qwen"), str(many), "--reward-model .* found 'a classifier of 2 labels"),
-            ("nowhere", "", "--judge nowhere should be alchemy, rules, a model .* found 'nothing there'"),
+            ("nowhere", "", r"--judge nowhere should be alchemy, rules, a model folder, a judge file "
+                            r"\(.json\) or file.py:function, found 'nothing there'"),
             (str(XSTEST), "", "found 'a file'"),
             ("rules", "nowhere", "--reward-model nowhere should be a model folder"),
             (str(tmp_path), "", "config.json"),
@@ -620,7 +621,8 @@ BAD_WORDS = [{" Yes": 2, " No": 0}, {" Yes": 1}, {" Yes": 1, " No": 1}, {" Yes":
 @pytest.mark.parametrize("change, message", [
     ({"modle": "x"}, r"its keys should be model, ask, and text or messages, found \['ask', 'model', 'modle'"),
     ({"messages": [{"role": "user", "content": "x"}]}, "its keys should be model, ask, and text or messages"),
-    ({"model": 3}, "key 'model' should be a text, found 3"), ({"model": "gone"}, "a model folder"),
+    ({"model": 3}, "key 'model' should be a text, found 3"),
+    ({"model": "gone"}, "wrong.json: key 'model': gone should be a model folder, found 'nothing there'"),
     ({"text": 3}, "key 'text' should be a text, found 3"),
     ({"text": None, "messages": []}, "key 'messages' should be a list of {role, content}"),
     ({"text": None, "messages": [{"role": "user"}]}, "key 'messages' should be a list of {role, content}"),
