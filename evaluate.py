@@ -91,9 +91,8 @@ def check_lengths(tokenizer: Tokenizer, prompts: list[Prompt], room: int, c) -> 
 
 def injected_tokens(tokenizer: Tokenizer, prompt: Prompt, c) -> dict[str, int]:
     """{attack: tokens that it writes into the thought}"""
-    return {attack: len(tokenizer.encode(
-        attack_text(attack, prompt, c, tokenizer.tags[1]), special=True, inside=True))
-            for attack in ATTACKS}
+    texts = {attack: attack_text(attack, prompt, c, tokenizer.tags[1]) for attack in ATTACKS}
+    return {attack: len(tokenizer.encode(text, special=True, inside=True)) for attack, text in texts.items()}
 
 
 def attack_lengths(tokenizer: Tokenizer, prompt: Prompt, c) -> dict[str, int]:

@@ -206,8 +206,7 @@ def load_responses(path) -> list[Response]:
             expect(isinstance(row[key], str), f"{where}: {key}", "a text", row[key])
     return [Response(whole_text(f"{where}: prompt", row["prompt"]),
                      whole_text(f"{where}: response", row.get("response", row.get("completion"))),
-                     label, where)
-            for (where, row), label in zip(rows, read_labels(rows))]
+                     label, where) for (where, row), label in zip(rows, read_labels(rows))]
 
 
 def read_batch(reader: Reader, rows: list[Response]) -> tuple[Tensor, list[str]]:

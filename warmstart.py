@@ -59,7 +59,7 @@ def prepare_start(c, run: Path, device: str) -> None:
 
 def load_tokenizer(c, folder) -> Tokenizer:
     tokenizer = Tokenizer.from_pretrained(folder)
-    tokenizer.system = c.system
+    tokenizer.system = whole_text("--system", c.system) if c.system.strip() else c.system
     tokenizer.template_args = as_json("--template-args", c.template_args or "{}")
     taken = {"self", "messages", "generation_prompt", "add_generation_prompt"} & set(tokenizer.template_args)
     expect(not taken, "--template-args", "variables that are not set here", sorted(taken))

@@ -197,7 +197,8 @@ def read_prompt(where: str, row: dict, form: Format, label: str) -> Prompt:
     text = whole_text(f"{where}: prompt", text)
     if form.context and row.get(form.context):
         text = whole_text(f"{where}: {form.context}", row[form.context]) + "\n\n---\n\n" + text
-    kind = next((row[c] for c in form.kind.split() if isinstance(row.get(c), str) and row[c]), "")
+    kind = next((whole_text(f"{where}: {c}", row[c]) for c in form.kind.split()
+                 if isinstance(row.get(c), str) and row[c].strip()), "")
     return Prompt(text, label or form.meaning.get(cell, form.label), kind, format=form.name)
 
 
@@ -244,7 +245,7 @@ def load_injections(name: str) -> dict[str, list[str]]:
     for where, row in rows:
         expect(row.get("attack") in INJECTED, f"{where}: attack", " or ".join(INJECTED), row.get("attack"))
         text = whole_text(f"{where}: text", row.get("text"))
-        expect(not re.search("</?think>", text), f"{where}: text", "free of <think> and </think>", text)
+        expect(not re.search(r"[<[]/?think[]>]", text, re.I), f"{where}: text", "free of <think> tags", text)
         found[row["attack"]].append(text)
     missing = ", ".join(attack for attack in INJECTED if not found[attack])
     expect(not missing, path, f"a file with texts for {', '.join(INJECTED)}", f"none for {missing}")

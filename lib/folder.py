@@ -83,10 +83,9 @@ def parse_config(raw: dict, where: str = "config.json") -> Config:
     return Config(
         **{key: keys[key] for key in SIZES}, rms_norm_eps=float(keys.get("rms_norm_eps", 1e-6)),
         rope_theta=float(rope["rope_theta"]), rope_scaling=rope if rope["rope_type"] == "llama3" else None,
-        tie_word_embeddings=bool(keys.get("tie_word_embeddings")) and labels is None,
-        qkv_bias=family == "Qwen2" or bias, o_bias=bias,
-        mlp_bias=family == "Llama" and bool(keys.get("mlp_bias")), qk_norm=family == "Qwen3",
-        windows=attention_windows(keys, family, where), num_labels=labels,
+        tie_word_embeddings=bool(keys.get("tie_word_embeddings")) and labels is None, o_bias=bias,
+        qkv_bias=family == "Qwen2" or bias, mlp_bias=family == "Llama" and bool(keys.get("mlp_bias")),
+        qk_norm=family == "Qwen3", windows=attention_windows(keys, family, where), num_labels=labels,
         guard_size=keys["guard_inner_size"] if guard else None, raw=raw)
 
 
@@ -127,8 +126,9 @@ def read_configs(folder: Path) -> tuple[Config, dict]:
     file, generation = folder / "config.json", folder / "generation_config.json"
     try:
         config = parse_config(read_json(file), str(file))
-    except (TypeError, AttributeError, KeyError, ZeroDivisionError) as error:  # "2" instead of 2
-        raise InputError(f"{file} should be as transformers writes it, found {error!r}") from None
+    except (TypeError, ValueError, AttributeError, KeyError, ArithmeticError) as error:  # "2" instead of 2
+        raise error if isinstance(error, InputError) else InputError(
+            f"{file} should be as transformers writes it, found {error!r}") from None
     return config, read_json(generation) if generation.exists() else {}
 
 

@@ -211,6 +211,9 @@ def test_broken_jsonl_lines(tmp_path):
     fails(tmp_path, "a.jsonl", good + '{"prompt": "a", "type": "t", "category": "c"}\n', 2, "label", "None")
     fails(tmp_path, "a.jsonl", good + '{"prompt": "a", "label": 1}\n', 2, "label", "1")
     fails(tmp_path, "a.jsonl", good + '{"prompt": "a\\ud800", "label": "safe"}\n', 2, "prompt", "ud800")
+    for key in ("kind", "type", "category"):  # a log could not hold it
+        row = f'{{"prompt": "a", "label": "safe", "{key}": "\\ud800"}}\n'
+        fails(tmp_path, "a.jsonl", good + row, 2, f"{key} should be a text", "ud800")
 
 
 def test_broken_csv_records(tmp_path):
@@ -348,7 +351,7 @@ def slow_row(row, names, name, label, types):
         return None
     cell = str(row[found[0]]).lower() if found else ""
     verdict = (BITS if found == ["is_harmful"] else WORDS).get(cell) if found and not label else label
-    kinds = [row[n] for n in ("kind", "type", "category") if isinstance(row.get(n), str) and row[n]]
+    kinds = [row[n] for n in ("kind", "type", "category") if isinstance(row.get(n), str) and row[n].strip()]
     return "", row["prompt"], None if found and label else verdict, [*kinds, ""][0]
 
 
@@ -375,7 +378,7 @@ def slow_reader(name, text, label):
         if context and not (isinstance(context, str) and context.strip()):
             return None
         answers.append((f"{context}\n\n---\n\n{prompt}" if context else prompt, verdict,
-                        kind if isinstance(kind, str) else ""))
+                        kind if isinstance(kind, str) and kind.strip() else ""))
     return answers
 
 
@@ -466,7 +469,8 @@ def test_injected_thoughts_are_taken_as_they_are(tmp_path):
     (WHOLE + '{"attack": "mirror"}\n', ".jsonl:5: text should be a text, found None"),
     (WHOLE + '{"attack": "mirror", "text": " "}\n', ".jsonl:5: text should be a text"),
     (WHOLE + '{"attack": "reset", "text": "a"}\n', ".jsonl:5: attack should be prefill or .*found 'reset'"),
-    (WHOLE + '{"attack": "mirror", "text": "a</think>b"}\n', ".jsonl:5: text should be free of <think>"),
+    *((WHOLE + f'{{"attack": "mirror", "text": "a{tag}b"}}\n', ".jsonl:5: text should be free of <think>")
+      for tag in ("<think>", "</think>", "[THINK]", "[/THINK]")),
     (WHOLE + '{"attack": "mirror", "text": "a", "label": "b"}\n', ".jsonl should be rows of attack and text"),
     (WHOLE + "{\n", ".jsonl:5 should be a JSON object"),
     (WHOLE.replace("mirror", "hijack"), ".jsonl should be a file with texts for .*found 'none for mirror'")])

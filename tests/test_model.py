@@ -311,6 +311,8 @@ def test_layer_types_say_which_layers_of_qwen_have_a_window():
     ({"num_hidden_layers": "2"}, ("num_hidden_layers should be a whole number, found '2'",)),
     ({"vocab_size": None}, ("vocab_size should be a whole number, found None",)),
     ({"hidden_size": "64"}, ("as transformers writes it", "TypeError")),
+    ({"rms_norm_eps": "x"}, ("as transformers writes it", "could not convert string to float: 'x'")),
+    ({"rms_norm_eps": 10 ** 400}, ("as transformers writes it", "OverflowError")),
     ({"num_key_value_heads": 3}, ("num_attention_heads", "a multiple of num_key_value_heads 3", "4")),
     ({"hidden_act": "gelu"}, ("hidden_act should be 'silu', found 'gelu'",)),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ("rope_parameters", "yarn")),

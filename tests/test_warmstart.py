@@ -107,6 +107,15 @@ def test_a_bad_row_is_one_sentence_with_its_line(tmp_path, row, message):
     assert message in found and "rows.jsonl:2" in found
 
 
+def test_a_system_prompt_is_a_text(tmp_path, capsys):
+    """A shell passes a byte that is not UTF-8 on as a lone surrogate."""
+    assert main("--model", FIXTURES / "tiny-qwen2", "--prompts", FIXTURES / "prompts_xstest.csv", "--system",
+                "caf\udce9", "--max-new-tokens", "24", "--out", tmp_path / "out") == 2
+    assert "--system should be a text, found" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    blank = sear.Config(system=" ")  # it takes the place of the one that a template may have
+    assert warmstart.load_tokenizer(blank, FIXTURES / "tiny-qwen2").system == " "
+
+
 def test_a_file_of_one_prompt_or_of_another_kind_is_refused(tmp_path, capsys):
     for file, message in ((written(tmp_path, ROW, ROW), "rows of several prompts"),
                           (written(tmp_path), "rows of several prompts"),
