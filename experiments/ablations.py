@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import evaluate
 import sear
-from lib.checkpoint import STOP, Stopped, rows, stop_signals
+from lib.checkpoint import STOP, Stopped, rows, saving, stop_signals
 from lib.cli import Parser, exit_code
 from lib.data import expect, read_json
 
@@ -105,11 +105,9 @@ def start(run: Run, threads: int) -> subprocess.Popen:
     """Starts or continues a run; what it prints goes to <folder>.log. Other flags than before are refused."""
     begun = (run.folder / "config.json").exists()
     flags = (*run.flags, "--resume" if begun else "--out", str(run.folder))
-    run.folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{run.folder}.log", "a") as log:
-        return subprocess.Popen([sys.executable, str(ROOT / "sear.py"), *flags], stdout=log, stderr=log,
-                                stdin=subprocess.DEVNULL,
-                                env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+        return subprocess.Popen([sys.executable, str(ROOT / "sear.py"), *flags], stdin=subprocess.DEVNULL,
+                                stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
 
 
 def work_through(runs: list[Run], jobs: int, name: str) -> list[Run]:
@@ -152,8 +150,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--results", type=Path, help="folder for tables and rows [in --out]")
     add("--quick", action="store_true", help="one seed, two small steps a run, which show nothing")
     given, rest = parser.parse_known_args(arguments)
-    for name in given.only:
-        expect(name in names, "--only", " or ".join(names), name)
+    expect({*given.only} <= names.keys(), "--only", "experiments that --help lists", given.only)
     for name in ("seeds", "jobs"):
         expect(getattr(given, name) > 0, f"--{name}", "above 0", getattr(given, name))
     grid = {"--seed", "--objective", "--model", "--resume"} & {flag.partition("=")[0] for flag in rest}
@@ -161,6 +158,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     given.more = (*rest, *QUICK * given.quick)
     sear.parse([*given.more])
     given.out = given.out or Path("runs/quick" if given.quick else "runs/ablations")
+    expect(not given.out.is_file(), f"--out {given.out}", "a folder", "a file")
     given.seeds = 1 if given.quick else given.seeds
     given.experiments = [names[name]._replace(seeds=min(given.seeds, names[name].seeds))
                          for name in dict.fromkeys(given.only)]
@@ -171,6 +169,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     """-> exit code: 0 done or SIGTERM, 1 a run failed, 2 bad input, 130 Ctrl-C."""
     given = parse(arguments)
+    with saving(given.out):
+        given.out.mkdir(parents=True, exist_ok=True)
     starts, tables = plan(given.experiments, given.out, given.more)
     with stop_signals() as received:
         try:

@@ -100,7 +100,8 @@ def test_a_run_that_fails_is_named(folder, capsys):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--only", "sears"], "--only should be sear or"),
+    (["--only", "sears"], "--only should be experiments that --help lists, found ['sears']"),
+    (["--out", __file__], f"--out {__file__} should be a folder, found 'a file'"),
     (["--seeds", "0"], "--seeds should be above 0, found 0"),
     (["--jobs", "-1"], "--jobs should be above 0, found -1"),
     (["--steps", "-1"], "--steps must be a number, at least 0, got -1"),
@@ -109,6 +110,11 @@ def test_a_run_that_fails_is_named(folder, capsys):
 def test_bad_flags(flags, message, capsys):
     assert ablations.main(flags) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_to_is_one_sentence(capsys):
+    assert ablations.main(["--quick", "--only", "sear", "--out", f"{__file__}/x"]) == 1
+    assert "could not be saved: [Errno 20] Not a directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("what, rows", [
