@@ -163,7 +163,7 @@ def measure(title: str, models: list[Transformer], run: Callable, peers: Callabl
             peer()
             runs[f"– {name}"] = peer
     except Exception as error:  # a peer may fail in any way
-        extra = [*extra, str(error).partition("\n")[0]]
+        extra = [*extra, str(error).partition("\n")[0] or type(error).__name__]
     seconds, rows = {name: [] for name in runs}, []
     for _ in range(rounds):
         for name, task in runs.items():
@@ -201,7 +201,8 @@ def table(given: argparse.Namespace, scratch: Path) -> str:
     shape = read_configs(given.model)[0].raw if given.model else QWEN2
     if given.quick:
         c.prompts_per_step, c.group_size, c.max_new_tokens = 4, 2, 8
-        shape = shape | dict(vocab_size=400, hidden_size=64, num_hidden_layers=2)
+        shape = shape | dict(vocab_size=400, hidden_size=64, num_hidden_layers=2, num_attention_heads=8,
+                             num_key_value_heads=2, head_dim=8, layer_types=None)
     small, large = scratch / "embedded", scratch / "larger"
     for folder in (small, large):
         write_folder(folder)

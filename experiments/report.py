@@ -129,8 +129,7 @@ def sizes_block() -> str:
 
 def ends(name: str, folder: str = TRAINED) -> list[float]:
     """Answer reward over the last WINDOW steps of each seed."""
-    return [mean(run["curve"][-WINDOW // tables.EVERY:]) for run in results_of(folder)
-            if run["name"] == name]
+    return [mean(run["curve"][-WINDOW // tables.EVERY:]) for run in results_of(folder) if run["name"] == name]
 
 
 def falls(name: str) -> list[list[bool]]:

@@ -60,9 +60,9 @@ def set_up_cuda() -> None:
 
 @contextlib.contextmanager
 def process_group(alone: bool):
-    """Within the block this process is one of the ranks that torchrun, srun or mpirun started; a single
-    process forms a group only if `alone`. Raises InputError if the ranks do not meet. If one is lost later,
-    this process ends with one sentence and exit code 1."""
+    """Within the block this process is one of the ranks that torchrun or train.sh started; a single process
+    forms a group only if `alone`. Raises InputError if the ranks do not meet. If one is lost later, this
+    process ends with one sentence and exit code 1."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1 and not alone:
         yield

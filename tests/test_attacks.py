@@ -207,6 +207,7 @@ def test_a_thought_under_attack_is_cut_too(run, tmp_path):
     """With --thought-tokens, which evaluation obeys."""
     cut = shutil.copytree(run, tmp_path / "cut", symlinks=True)
     change_json(cut / "config.json", thought_tokens=2)
+    (cut / "attacks.jsonl").unlink(missing_ok=True)
     assert main(cut, "--prompts", 3, "--steps", 1, "--candidates", 4, "--length", 3) == 0
     tokenizer = Tokenizer.from_pretrained(cut / "model")
     lengths = [len(tokenizer.encode(r["thought"].removeprefix(r["injected"]), special=True))

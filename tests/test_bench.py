@@ -1,9 +1,11 @@
 """bench.py at tiny sizes: every row, finite numbers, products that take no longer than their step."""
+import json
 import math
 import re
 
 import pytest
 import torch
+from helpers import FIXTURES
 
 import bench
 import sear
@@ -66,6 +68,27 @@ def test_early_stops_leave_22_of_48_tokens(tmp_path):
     rollouts = sear.rollout_step(c, model, tokenizer, bench.load_judge("alchemy"), [], 0)[1]
     lengths = (rollouts.segment >= 0).sum(1)
     assert 21 < lengths.float().mean() < 23 and lengths.max() == 48
+
+
+def test_a_peer_that_fails_without_a_word_is_named_by_its_error(world):
+    def peers():
+        raise NotImplementedError
+    *_, last = bench.measure("work", [world[2]], lambda: None, peers, 1, [])
+    assert last == "NotImplementedError"
+
+
+@pytest.mark.parametrize("name, changes", [
+    ("tiny-qwen3", dict(num_attention_heads=8, num_key_value_heads=8, head_dim=5)),
+    ("tiny-llama3", dict(num_attention_heads=128, head_dim=None)),
+    ("tiny-qwen2", dict(num_hidden_layers=28, layer_types=["full_attention"] * 28))])
+def test_quick_takes_the_kind_of_a_folder_and_not_its_sizes(name, changes, tmp_path, monkeypatch, capsys):
+    config, found = json.loads((FIXTURES / name / "config.json").read_text()) | changes, []
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(bench, "rl_step", lambda *_: lambda: [])
+    monkeypatch.setattr(bench, "sampling", lambda folder, model, *_: found.append(model) or (lambda: []))
+    assert bench.main(["--quick", "--model", str(tmp_path)]) == 0
+    assert found[1].config.raw["architectures"] == config["architectures"]
+    assert found[1](torch.arange(12)[None]).shape == (1, 12, 400)
 
 
 def test_a_bad_folder_is_one_sentence(tmp_path, capsys):
