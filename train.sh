@@ -49,16 +49,19 @@ print(max(1, found))' "$@" 2>/dev/null | tail -n 1) || true
     set +m
     trap 'kill -TERM "${workers[@]}" 2>/dev/null || true' TERM
     trap 'kill -INT "${workers[@]}" 2>/dev/null || true' INT
-    local worker running=1
+    local worker limit running=1
     while [ "$running" = 1 ]; do
         sleep 0.2
         running=0
         for worker in "${workers[@]}"; do
-            if kill -0 "$worker" 2>/dev/null; then running=1; continue; fi
+            if kill -0 "$worker" 2>/dev/null; then
+                running=1
+                if [ "$code" != 0 ] && [ "$SECONDS" -gt "$limit" ]; then kill -KILL "$worker" || true; fi
+                continue
+            fi
             wait "$worker" && status=0 || status=$?
             if [ "$status" != 0 ] && [ "$code" = 0 ]; then
-                code=$status
-                { sleep 10; kill -KILL "${workers[@]}"; } >/dev/null 2>&1 &
+                code=$status limit=$((SECONDS + 10))
             fi
         done
     done

@@ -177,6 +177,19 @@ def test_train_sh_starts_one_worker_for_each_gpu_but_one_for_the_embedded_world(
         assert done.returncode == 0 and done.stdout == "worker\n" * workers, (flags, done)
 
 
+def test_train_sh_leaves_no_process_behind_a_worker_that_fails(tmp_path):
+    """With workers of two GPUs, of which one fails and the other ends by itself."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\ncase "$*" in *sear.py*) sleep $RANK; exit $((3 * (1 - RANK)));; '
+                      f'*found*) echo 2; exit;; esac\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    process = subprocess.Popen(["./train.sh"], cwd=ROOT, env=ENVIRONMENT | {"PYTHON": str(python)},
+                               start_new_session=True)
+    assert process.wait(timeout=60) == 3
+    with pytest.raises(ProcessLookupError):  # its process group is empty
+        os.killpg(process.pid, 0)
+
+
 def test_torchrun_trains_from_any_folder(start, tmp_path):
     torchrun = Path(sys.executable).with_name("torchrun")
     done = run(torchrun, ROOT / "sear.py", *SHORT, "--model", start, "--eval-prompts", "0", cwd=tmp_path)
