@@ -10,6 +10,7 @@ from judges.functions import is_function
 from judges.guards import read_spec
 from lib import plan, watch
 from lib.chat import add_end_of_turn, check_length, closing_tokens, encode_prompt
+from lib.checkpoint import flag
 from lib.data import InputError, Prompt, describe, expect, load_eval_files, load_prompts, without
 from lib.parallel import say
 from lib.tokenizer import Tokenizer
@@ -44,31 +45,27 @@ def read_prompts(c) -> tuple[list[Prompt], list[Prompt]]:
 
 def check_flags(c) -> None:
     """Raises InputError for flags that contradict each other."""
-    if c.prompts and not c.model:
-        raise InputError("--prompts needs --model: the embedded start model only knows the embedded world")
-    for flag, name in (("--judge", c.judge), ("--eval-judge", c.eval_judge or c.judge)):
-        if bool(c.prompts) == (name == "alchemy"):
-            raise InputError(f"{flag} {name} cannot judge {c.prompts or 'the embedded world'}; expected "
+    for knob, needed, why in (
+            ("prompts", "model", "the embedded start model only knows the embedded world"),
+            ("plan", "prompts", "the embedded world runs on any machine"),
+            ("injections", "prompts", "the embedded world has its own thoughts"),
+            ("label", "prompts", "it labels the prompts of a file"),
+            ("reward_model", "prompts", "the embedded world's verifier judges help"),
+            ("lora_alpha", "lora_rank", "without an adapter there is nothing to scale"),
+            ("system", "model", "the embedded start model has its own demonstrations"),
+            ("warm_start", "model", "the embedded start model has its own demonstrations")):
+        if getattr(c, knob) and not getattr(c, needed):
+            raise InputError(f"--{flag(knob)} needs --{flag(needed)}: {why}")
+    for name, judge in (("--judge", c.judge), ("--eval-judge", c.eval_judge or c.judge)):
+        if bool(c.prompts) == (judge == "alchemy"):
+            raise InputError(f"{name} {judge} cannot judge {c.prompts or 'the embedded world'}; expected "
                              f"{'rules, a folder or a judge file' if c.prompts else 'alchemy'}")
     if c.prefill_share and c.objective == "no-thought":
         raise InputError("--prefill-share needs a thought to prefill, and --objective no-thought has none")
-    if c.plan and not c.prompts:
-        raise InputError("--plan needs --prompts: the embedded world runs on any machine")
-    if c.injections and not c.prompts:
-        raise InputError("--injections needs --prompts: the embedded world has its own thoughts")
-    if c.label and not c.prompts:
-        raise InputError("--label needs --prompts: it labels the prompts of a file")
-    if c.lora_alpha and not c.lora_rank:
-        raise InputError("--lora-alpha needs --lora-rank: without an adapter there is nothing to scale")
     if c.lora_rank and c.shard == "yes":
         raise InputError("--lora-rank does not go with --shard yes: sampling gathers frozen weights anyway")
-    for flag, value in (("--system", c.system), ("--warm-start", c.warm_start)):
-        if value and not c.model:
-            raise InputError(f"{flag} needs --model: the embedded start model has its own demonstrations")
     if c.eval_file and not (c.prompts and c.eval_prompts):
         raise InputError("--eval-file needs --prompts to train on, and --eval-prompts above 0")
-    if c.reward_model and not c.prompts:
-        raise InputError("--reward-model does not apply to the embedded world, whose verifier judges help")
 
 
 def read_inputs(c) -> tuple[list[Prompt], list[Prompt]]:
