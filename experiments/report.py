@@ -163,10 +163,10 @@ def shown_block() -> str:
                                               ("process-shared",))]
     items = (
         f"**Shown: dense or once is the same where the players do not compete** (answer reward {dense}, "
-        f"{once}). Most hijacks succeed in {hijacked[0]} runs of `outcome` and `safe-thought`, {hijacked[1]} of "
-        f"`sear` and `process-once`, {hijacked[2]} of `process-shared`. With nine in ten prompts harmful, "
-        f"`outcome` refuses {with_share('outcome', 0.9, *OVER)} of ambiguous requests, `sear` "
-        f"{with_share('sear', 0.9, *OVER)}.",
+        f"{once}). Most hijacks succeed in {hijacked[0]} runs of `outcome` and `safe-thought`, "
+        f"{hijacked[1]} of `sear` and `process-once`, {hijacked[2]} of `process-shared`. With nine in ten "
+        f"prompts harmful, `outcome` refuses {with_share('outcome', 0.9, *OVER)} of ambiguous requests, "
+        f"`sear` {with_share('sear', 0.9, *OVER)}.",
         f"**Not shown: that dense pay steadies competition.** With the thought paid for unsafe answers, "
         f"{collapsed('competing-outcome')} runs collapse if paid once, {collapsed('probe')} if densely. "
         f"**Where it fails:** from start models that seldom dismiss the rules `sear` ends at {rare}, "
