@@ -186,5 +186,5 @@ def test_rules_judge():
 
 
 def test_an_unknown_judge_is_an_error():
-    with pytest.raises(InputError, match="--judge oracle should be alchemy, rules, a model folder or"):
+    with pytest.raises(InputError, match="--judge oracle should be alchemy, rules, a model folder, a judge"):
         load_judge("oracle")
