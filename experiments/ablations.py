@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 QUICK = tuple("--prompts-per-step 2 --group-size 2 --max-new-tokens 12 --steps 2 --eval-prompts 1".split())
 LONG, RARE = ("--chain", "12"), ("--talks", "0.1")
 HOT = ("--eval-temperature", "1")
+SEEDS = {"sear": 10, "outcome": 10, "probe": 3, "no-thought": 3}  # 5 of the others; of HOT there are more
 
 
 class Experiment(NamedTuple):
@@ -41,9 +42,8 @@ class Experiment(NamedTuple):
 MAIN = ("sear", "process-once", "process-shared", "probe", "competing-outcome", "outcome")
 SHARES, SWEPT = (0.1, 0.75, 0.9), ("sear", "outcome", "safe-thought")  # of harmful prompts, objectives
 EXPERIMENTS = [
-    *(Experiment(name, ("--objective", name), 10 if name in ("sear", "process-once", "outcome") else 5)
-      for name in sear.OBJECTIVES),
-    Experiment("sear prefill_share=0.25", ("--prefill-share", "0.25"), 5),
+    *(Experiment(name, ("--objective", name), SEEDS.get(name, 5)) for name in sear.OBJECTIVES),
+    Experiment("sear prefill_share=0.25", ("--prefill-share", "0.25"), 3),
     # The same training, evaluated at temperature 1, and what else docs/temperature-1.md shows.
     *(Experiment(f"{name} hot", ("--objective", name, *HOT), 10 if name in MAIN else 5, "hot")
       for name in sear.OBJECTIVES),
