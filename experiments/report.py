@@ -165,12 +165,12 @@ def shown_block() -> str:
         f"**Shown: dense or once is the same where the players do not compete** (answer reward {dense}, "
         f"{once}). Most hijacks succeed in {hijacked[0]} runs of `outcome` and `safe-thought`, "
         f"{hijacked[1]} of `sear` and `process-once`, {hijacked[2]} of `process-shared`. With nine in ten "
-        f"prompts harmful, `outcome` refuses {with_share('outcome', 0.9, *OVER)} of ambiguous requests, "
-        f"`sear` {with_share('sear', 0.9, *OVER)}.",
+        f"prompts harmful, at temperature 1, `outcome` refuses {with_share('outcome', 0.9, *OVER)} of "
+        f"ambiguous requests, `sear` {with_share('sear', 0.9, *OVER)}.",
         f"**Not shown: that dense pay steadies competition.** With the thought paid for unsafe answers, "
         f"{collapsed('competing-outcome')} runs collapse if paid once, {collapsed('probe')} if densely. "
         f"**Where it fails:** from start models that seldom dismiss the rules `sear` ends at {rare}, "
-        f"`outcome` at {other}. With one prompt in ten harmful, `sear` complies with "
+        f"`outcome` at {other}. With one prompt in ten harmful, again at 1, `sear` complies with "
         f"{with_share('sear', 0.1, *UNSAFE)} of harmful requests, `outcome` with "
         f"{with_share('outcome', 0.1, *UNSAFE)} ([more](docs/temperature-1.md)).")
     wrap = partial(textwrap.fill, width=118, initial_indent="- ", subsequent_indent="  ",
