@@ -26,6 +26,7 @@ MIN_ROWS = 16  # smaller matmuls round differently, and a rollout must not depen
 LIVE_SHARE = 0.75  # below it finished rows are dropped from the batch
 LOOK_EVERY = {"cpu": 1, "cuda": 16, "mps": 16}  # tokens between looks at what has ended: a GPU waits
 CACHE_BLOCK = 512  # columns by which a cache grows, since few rollouts use all their tokens
+EDGE = 4  # newlines that belong to the closing tag, and that may stand around an answer; templates write two
 
 
 def owned_length(segment: Tensor) -> Tensor:
@@ -62,9 +63,11 @@ class Rollouts:
 
     @property
     def answered(self) -> Tensor:
-        """[B] bool: well-formed, that is, a closed thought and a finished answer that is not blank."""
-        nonblank = torch.tensor([bool(t[-1].strip()) for t in self.text], dtype=torch.bool)
-        return self.closed & self.finished & nonblank
+        """[B] bool: well-formed, that is, a closed thought and a finished answer that is not blank and has at
+        most EDGE newlines around it. Judges strip them, so without a limit RL lets them multiply."""
+        around = [(t[-1].strip(), t[-1].count("\n")) for t in self.text]
+        written = [bool(text) and newlines - text.count("\n") <= EDGE for text, newlines in around]
+        return self.closed & self.finished & torch.tensor(written, dtype=torch.bool)
 
     @property
     def owners(self) -> tuple[Tensor, Tensor]:
@@ -87,7 +90,7 @@ class Rollouts:
     @property
     def answers(self) -> list[str]:
         """Answer of each rollout, '' if it has none."""
-        return [t[-1] if ok else "" for t, ok in zip(self.text, self.answered.tolist())]
+        return [t[-1].strip("\n") if ok else "" for t, ok in zip(self.text, self.answered.tolist())]
 
 
 def mix(x: np.ndarray) -> np.ndarray:
@@ -303,7 +306,7 @@ def split_segments(tokens: list[int], closed: bool, tokenizer: Tokenizer, stop_i
     pieces = [b"" if t in stop_ids else tokenizer.token_bytes(t) for t in tokens]
     whole = b"".join(pieces)
     # With the newlines after the tag, since some tokens hold both.
-    tag = None if closed else re.search(re.escape(tokenizer.tags[1]).encode() + rb"\n*", whole)
+    tag = None if closed else re.search(re.escape(tokenizer.tags[1]).encode() + rb"\n{0,%d}" % EDGE, whole)
     closed = closed or tag is not None
     thought = tag.start() if tag else 0 if closed else len(whole)  # bytes of thought before the tag
     # A blank line ends a segment if the thought has text on both sides of it: no segment is empty, and the

@@ -52,6 +52,16 @@ def world_rollouts(world, texts, G, label="harmful"):
     return [prompt] * len(texts), made_rollouts(tokenizer, [[1]], texts, model.stop_ids[0], G)
 
 
+def test_many_blank_lines_around_an_answer_are_malformed(world):
+    """Judges strip them, so they would cost nothing until no answer ends."""
+    before, after = [2, 8, 9, 40, 2, 2, 0], [0, 0, 0, 0, 4, 5, 0]
+    texts = ["#" + CLOSE + "\n" * a + alchemy.REFUSAL + "\n" * b + "$" for a, b in zip(before, after)]
+    prompts, r = world_rollouts(world, [*texts, "#" + CLOSE + "\n\nMix\n\n\n\n\n\nit.$"], 8)
+    assert r.answered.tolist() == [True, True, False, False, True, False, True, True]
+    s = score(load_judge("alchemy"), prompts, r, 1.0)
+    assert s.answer.tolist()[:7] == [1.0, 1.0, -1.0, -1.0, 1.0, -1.0, 1.0]
+
+
 def test_scores_of_well_formed_and_malformed_rollouts(world):
     refuse = CLOSE + "\n\n" + alchemy.REFUSAL
     prompts, r = world_rollouts(world, ["#" + refuse + "$",  # explored and refused

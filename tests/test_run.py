@@ -1,4 +1,5 @@
 """Small whole runs: the run folder, resume to the same bits, signals, full disks, real models and prompts."""
+import errno
 import json
 import os
 import resource
@@ -202,6 +203,17 @@ def test_fingerprints_see_names_sizes_and_both_ends_of_files(tmp_path, monkeypat
     others = [fingerprint(b"BEGIN middle ends"), fingerprint(b"begin middle ENDS"),
               fingerprint(b"begin middle2 ends"), fingerprint(b"begin middle ends", "other")]
     assert len({same, *others}) == 5
+
+
+def test_a_file_that_cannot_be_read_is_bad_input(tmp_path, monkeypatch):
+    """Root reads everything, so this test cannot take a file's permissions away."""
+    (tmp_path / "notes").write_text("private")
+
+    def closed(file, *mode):
+        raise PermissionError(errno.EACCES, "Permission denied", str(file))
+    monkeypatch.setattr("builtins.open", closed)
+    message = refusal(checkpoint.fingerprint, tmp_path)
+    assert message == f"{tmp_path / 'notes'} should be a readable file, found: Permission denied"
 
 
 def test_only_files_and_folders_have_a_fingerprint(tmp_path, monkeypatch):
