@@ -1,5 +1,6 @@
 """The user's flags and files, checked before a run folder exists, and the models and judges they name."""
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import alchemy.world as alchemy
@@ -8,7 +9,7 @@ from alchemy.demonstrations import write_folder
 from judges import JUDGES, Judge, load_judge
 from judges.functions import is_function
 from judges.guards import read_spec
-from lib import plan, watch
+from lib import plan
 from lib.chat import add_end_of_turn, check_length, closing_tokens, encode_prompt
 from lib.checkpoint import flag
 from lib.data import InputError, Prompt, describe, expect, load_eval_files, load_prompts, without
@@ -71,7 +72,8 @@ def check_flags(c) -> None:
 def read_inputs(c) -> tuple[list[Prompt], list[Prompt]]:
     """The prompts to train on ([]: the embedded world's) and the requests to evaluate. Checks every input,
     before a run folder exists. Raises InputError."""
-    watch.check_installed(c.log)
+    expect(not c.log or find_spec(c.log), f"--log {c.log}", f"an installed package (pip install {c.log})",
+           "none")
     pool, test = read_prompts(c) if c.prompts else ([], [])
     with tempfile.TemporaryDirectory() as scratch:
         if not c.model:

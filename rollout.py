@@ -65,8 +65,7 @@ class Rollouts:
     def answered(self) -> Tensor:
         """[B] bool: well-formed, that is, a closed thought and a finished answer that is not blank and has at
         most EDGE newlines around it. Judges strip them, so without a limit RL lets them multiply."""
-        around = [(t[-1].strip(), t[-1].count("\n")) for t in self.text]
-        written = [bool(text) and newlines - text.count("\n") <= EDGE for text, newlines in around]
+        written = [bool(x.strip()) and x.count("\n") - x.strip().count("\n") <= EDGE for *_, x in self.text]
         return self.closed & self.finished & torch.tensor(written, dtype=torch.bool)
 
     @property

@@ -48,7 +48,6 @@ EXPERIMENTS = [
     *(Experiment(f"{name} hot", ("--objective", name, *HOT), 10 if name in MAIN else 5, "hot")
       for name in sear.OBJECTIVES),
     Experiment("sear prefill_share=0.25 hot", ("--prefill-share", "0.25", *HOT), 5, "hot"),
-    Experiment("sear updates=2 hot", ("--updates", "2", *HOT), 3, "hot"),
     *(Experiment(f"{name} steps=25", ("--objective", name, "--steps", "25"), 3, "early")
       for name in ("sear", "competing-outcome")),
     Experiment("sear lora", HOT, 3, "lora"),

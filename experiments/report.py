@@ -121,8 +121,8 @@ def lines_of(name: str) -> int:
 
 
 def sizes_block() -> str:
-    lines = [f"{name:13s}{round(lines_of(name), -1):5d}  {what}" for name, what in READING_ORDER.items()]
-    return "\n".join(["```", *lines, "```"])
+    return "\n".join(["```", *(f"{name:13s}{round(lines_of(name), -1):5d}  {what}"
+                               for name, what in READING_ORDER.items()), "```"])
 
 
 # ---- docs/results.md, docs/temperature-1.md ----------------------------------------------------------------

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lib.data import INJECTIONS, InputError, as_json, file_list, read_json, read_text, reading
+from lib.data import INJECTIONS, InputError, as_json, expect, file_list, read_json, read_text
 from lib.folder import copy_weight
 from lib.parallel import all_gather, all_sum, rank_and_world, tuned, write_tensors
 
@@ -238,9 +238,9 @@ def fingerprints(config: dict) -> dict[str, str]:
 
 def fingerprint(path: Path) -> str:
     """SHA-256 of names, sizes, first and last megabyte of a file or of a folder's files: quick for 64 GB too,
-    and training changes every part of a weight file. Raises InputError."""
+    and training changes every part of a weight file. Raises InputError for one that cannot be read."""
     digest = hashlib.sha256()
-    with reading(path):
+    try:
         for file in sorted(f for f in (path.iterdir() if path.is_dir() else [path]) if f.is_file()):
             size = file.stat().st_size
             digest.update(f"{file.name if path.is_dir() else ''} {size}\n".encode())
@@ -248,6 +248,8 @@ def fingerprint(path: Path) -> str:
                 digest.update(f.read(EDGE))
                 f.seek(max(0, size - EDGE))
                 digest.update(f.read())
+    except OSError as error:
+        expect(False, error.filename or path, "a readable file", error.strerror or str(error))
     return digest.hexdigest()
 
 

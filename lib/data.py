@@ -1,5 +1,4 @@
 """Prompt files, and how files are read. Every fault in a user's file or flag raises InputError."""
-import contextlib
 import csv
 import functools
 import io
@@ -21,23 +20,14 @@ def expect(ok, where, expected, found):
         raise InputError(f"{where} should be {expected}, found {found!r:.400}")
 
 
-@contextlib.contextmanager
-def reading(path: Path):
-    """Turns an OSError of the block into an InputError."""
-    try:
-        yield
-    except OSError as error:
-        where = error.filename or path
-        raise InputError(f"{where} should be a readable file, found: {error.strerror or error}") from None
-
-
 def read_text(path: Path, whole_lines: bool = False) -> str:
     """Text of a UTF-8 file without its byte order mark; whole_lines: without a last line that is cut."""
-    with reading(path):
-        data = path.read_bytes()
-    data = data[:data.rfind(b"\n") + 1] if whole_lines else data
     try:
+        data = path.read_bytes()
+        data = data[:data.rfind(b"\n") + 1] if whole_lines else data
         return data.decode("utf-8").removeprefix("\ufeff")
+    except OSError as error:
+        raise InputError(f"{path} should be a readable file, found: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path}:{line} should be UTF-8, found the byte 0x{data[error.start]:02x}") from None

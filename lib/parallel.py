@@ -77,7 +77,6 @@ def process_group(alone: bool):
         all_sum(torch.zeros(1))  # rank 0 holds the store, so no rank leaves before all are done
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not any(sign in str(error) for sign in LOST):
-            dist.destroy_process_group()
             raise
         reason = str(error).split("] ")[-1].split(". ")[0].splitlines()[0]
         leave(f"rank {dist.get_rank()} lost another rank ({reason}); start again with --resume auto to "

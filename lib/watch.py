@@ -1,17 +1,11 @@
 """Metrics for a watcher: --log tensorboard, trackio or wandb. None is imported unless asked for."""
 import importlib
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Callable
 
 from lib.checkpoint import read_environment
-from lib.data import expect
 
 WATCHERS = ("tensorboard", "trackio", "wandb")
-
-
-def check_installed(name: str) -> None:
-    expect(not name or find_spec(name), f"--log {name}", f"an installed package (pip install {name})", "none")
 
 
 def flat(row: dict, prefix: str = "") -> dict[str, float]:

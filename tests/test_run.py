@@ -213,7 +213,7 @@ def test_a_file_that_cannot_be_read_is_bad_input(tmp_path, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied", str(file))
     monkeypatch.setattr("builtins.open", closed)
     message = refusal(checkpoint.fingerprint, tmp_path)
-    assert message == f"{tmp_path / 'notes'} should be a readable file, found: Permission denied"
+    assert message == f"{tmp_path / 'notes'} should be a readable file, found 'Permission denied'"
 
 
 def test_only_files_and_folders_have_a_fingerprint(tmp_path, monkeypatch):

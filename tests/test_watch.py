@@ -8,6 +8,7 @@ import pytest
 from helpers import ROOT, logged, main
 from test_run import SMALL
 
+import inputs
 from lib import checkpoint, watch
 
 FAKE = '''
@@ -73,7 +74,7 @@ def test_no_watcher_is_imported_unless_asked_for_and_none_changes_the_run(run, t
 
 @pytest.mark.parametrize("name", watch.WATCHERS)
 def test_a_missing_package_is_one_sentence_before_the_run_folder_exists(tmp_path, capsys, monkeypatch, name):
-    monkeypatch.setattr(watch, "find_spec", lambda name: None)
+    monkeypatch.setattr(inputs, "find_spec", lambda name: None)
     assert main("--log", name, "--out", tmp_path / "run") == 2
     sentence, = capsys.readouterr().err.splitlines()
     assert f"--log {name} should be an installed package (pip install {name})" in sentence
