@@ -26,7 +26,7 @@ MIN_ROWS = 16  # smaller matmuls round differently, and a rollout must not depen
 LIVE_SHARE = 0.75  # below it finished rows are dropped from the batch
 LOOK_EVERY = {"cpu": 1, "cuda": 16, "mps": 16}  # tokens between looks at what has ended: a GPU waits
 CACHE_BLOCK = 512  # columns by which a cache grows, since few rollouts use all their tokens
-EDGE = 4  # newlines that belong to the closing tag, and that may stand around an answer; templates write two
+EDGE = 8  # newlines that belong to the closing tag, and blanks around an answer; templates write two newlines
 
 
 def owned_length(segment: Tensor) -> Tensor:
@@ -64,8 +64,8 @@ class Rollouts:
     @property
     def answered(self) -> Tensor:
         """[B] bool: well-formed, that is, a closed thought and a finished answer that is not blank and has at
-        most EDGE newlines around it. Judges strip them, so without a limit RL lets them multiply."""
-        written = [bool(x.strip()) and x.count("\n") - x.strip().count("\n") <= EDGE for *_, x in self.text]
+        most EDGE blanks and newlines around it. They change no verdict, so without a limit they multiply."""
+        written = [bool(x.strip()) and len(x) - len(x.strip()) <= EDGE for *_, x in self.text]
         return self.closed & self.finished & torch.tensor(written, dtype=torch.bool)
 
     @property

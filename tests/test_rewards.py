@@ -53,10 +53,11 @@ def world_rollouts(world, texts, G, label="harmful"):
 
 
 def test_many_blank_lines_around_an_answer_are_malformed(world):
-    """Judges strip them, so they would cost nothing until no answer ends."""
-    before, after = [2, 8, 9, 40, 2, 2, 0], [0, 0, 0, 0, 4, 5, 0]
-    texts = ["#" + CLOSE + "\n" * a + alchemy.REFUSAL + "\n" * b + "$" for a, b in zip(before, after)]
-    prompts, r = world_rollouts(world, [*texts, "#" + CLOSE + "\n\nMix\n\n\n\n\n\nit.$"], 8)
+    """They change no verdict, so they would cost nothing until no answer ends."""
+    before = [2, 16, 17, 40, 2, 2, 0]  # eight of them belong to the tag
+    after = ["", "", "", "", "\n" * 8, "\n" + " " * 8, ""]
+    texts = ["#" + CLOSE + "\n" * a + alchemy.REFUSAL + b + "$" for a, b in zip(before, after)]
+    prompts, r = world_rollouts(world, [*texts, "#" + CLOSE + "\n\nMix" + "\n" * 12 + "it.$"], 8)
     assert r.answered.tolist() == [True, True, False, False, True, False, True, True]
     s = score(load_judge("alchemy"), prompts, r, 1.0)
     assert s.answer.tolist()[:7] == [1.0, 1.0, -1.0, -1.0, 1.0, -1.0, 1.0]
