@@ -31,7 +31,7 @@ BATCH = 32  # responses, on the command line
 
 
 class Scores(NamedTuple):
-    answer: Tensor  # [B] (4), or (5) if cut off or blank; NaN if the thought was never closed
+    answer: Tensor  # [B] (4), or (5) if malformed; NaN if the thought was never closed
     potential: Tensor  # [B, K + 1] (1), Phi_0 first
     returns: Tensor  # [B, K] (3), or (5): of the reasoning player, from each segment on
     tail: Tensor  # [B] what the thought earns after its last segment: the answer's reward if harmless, else 0
